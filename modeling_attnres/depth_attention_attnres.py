@@ -1,0 +1,448 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Softmax attention over depth: naive reference and exact two-phase computation (arXiv 2603.15031, Algorithm 1).
+
+Letters: B batch, T tokens, M = B * T, D hidden size, L sublayers (two per decoder layer), S sublayers per block,
+N blocks, n sources (the embedding and the blocks so far), R queries scored together.
+
+A *source* is the token embedding or the sum of a block's sublayer outputs. Sublayer l reads the mix
+`h_l = sum_i a_i v_i` with `a = softmax_i(w_l . RMSNorm_l(v_i))` over all earlier sources (equations 2 to 6).
+
+Two phases make that cheap: the queries `w_l` do not depend on the input, so phase 1 reads the finished sources once
+for a whole *group* of sublayers, and phase 2 merges the one *recent* source that appeared since (the open block's
+partial sum, or a block that closed inside the group) by online softmax. Both phases are exact.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .block_summaries_attnres import BlockSummaries, accumulation_dtype, norm_with_floor, weighted_sum
+
+
+# Rows of phase 1 held at a time: a long block is several groups, so that S = L does not hold L rows of [B, T, D].
+MAX_GROUP_SUBLAYERS = 8
+
+
+# --- Naive reference -------------------------------------------------------------------------------------------------
+
+
+def naive_depth_attention(
+    sources: torch.Tensor,
+    query: torch.Tensor,
+    key_norm: torch.Tensor,
+    eps: float,
+    depth_weights: str = "mean",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One mix over depth as the paper writes it: the reference every fast path is compared with.
+
+    Args:
+        sources: `[n, B, T, D]`, the raw sources in order of depth.
+        query: `[D]`, the pseudo-query `w_l`.
+        key_norm: `[D]`, weight of the key RMSNorm.
+        eps: epsilon of the key RMSNorm.
+        depth_weights: `"mean"` (weights sum to 1) or `"sum"` (weights sum to n).
+
+    Returns:
+        `[B, T, D]` the mix in the dtype of `sources`, and `[B, T, n]` the weights in at least fp32.
+    """
+    values = sources.to(accumulation_dtype(sources.dtype))
+    keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * key_norm.to(values.dtype)
+    weights = torch.softmax(keys @ query.to(values.dtype), dim=0)
+    if depth_weights == "sum":
+        weights = weights * len(sources)
+    return (weights.unsqueeze(-1) * values).sum(0).to(sources.dtype), weights.movedim(0, -1)
+
+
+# --- The schedule ----------------------------------------------------------------------------------------------------
+
+
+def sublayer_groups(num_sublayers: int, sublayers_per_block: int) -> list[tuple[int, int]]:
+    """Runs `[first, last + 1)` of whole decoder layers whose queries phase 1 scores together.
+
+    Within a group a sublayer never meets more than one recent source. For an even S that holds inside a block; for an
+    odd S blocks end inside decoder layers, and it holds for single decoder layers.
+    """
+    if sublayers_per_block % 2:
+        return [(first, first + 2) for first in range(0, num_sublayers, 2)]
+    groups = []
+    for block in range(0, num_sublayers, sublayers_per_block):
+        end = min(block + sublayers_per_block, num_sublayers)
+        groups += [(first, min(first + MAX_GROUP_SUBLAYERS, end)) for first in range(block, end, MAX_GROUP_SUBLAYERS)]
+    return groups
+
+
+# --- Phase 1 and phase 2, per form -----------------------------------------------------------------------------------
+
+
+class DepthRead(NamedTuple):
+    """What phase 1 leaves for one sublayer.
+
+    Attributes:
+        query: `[D]`, its folded query, in at least fp32.
+        row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1.
+        stats: what the merge needs of the scores, each `[B, T]`, in at least fp32. The first is added to every score
+            before it is exponentiated: minus their log-sum-exp, or minus the largest.
+        scores: `[B, T, R, n]`, the scores of the whole group, in at least fp32.
+        position: which of the R queries this is.
+    """
+
+    query: torch.Tensor
+    row: torch.Tensor
+    stats: tuple[torch.Tensor, ...]
+    scores: torch.Tensor
+    position: int
+
+
+def _as_reads(queries, rows, stats, scores) -> list[DepthRead]:
+    stats = zip(*(stat.unbind(-1) for stat in stats))
+    parts = zip(queries.unbind(0), rows.unbind(-2), stats)
+    return [DepthRead(*part, scores, position) for position, part in enumerate(parts)]
+
+
+def read_bank(
+    bank: BlockSummaries, queries: torch.Tensor, first: int, last: int, form: "type[MeanWeights]"
+) -> list[DepthRead]:
+    """Phase 1: the queries `[first, last)` attend over the live sources of the bank.
+
+    Args:
+        queries: `[L + 1, D]` folded queries (see [`DepthAttention`]) in at least fp32.
+        form: how weights come from scores, [`MeanWeights`] or [`SumWeights`].
+
+    Returns:
+        One [`DepthRead`] per query.
+    """
+    scores = bank.score(queries, first, last)
+    weights, *stats = form.phase_one(scores)
+    return _as_reads(queries[first:last], bank.weighted_sum(weights), stats, scores)
+
+
+def read_sources(
+    queries: torch.Tensor, sources: Sequence[torch.Tensor], norm_floor: torch.Tensor, form: "type[MeanWeights]"
+) -> list[DepthRead]:
+    """Phase 1 without a bank, for a layer that recomputes it under gradient checkpointing: all plain autograd.
+
+    Args:
+        queries: `[R, D]` folded queries, in at least fp32.
+        sources: n tensors `[B, T, D]`.
+    """
+    stacked = torch.stack(tuple(sources))
+    values = stacked.to(queries.dtype)
+    inv_rms = math.sqrt(values.shape[-1]) / norm_with_floor(values, norm_floor)
+    scores = ((values @ queries.T) * inv_rms.unsqueeze(-1)).movedim(0, -1)  # [B, T, R, n]
+    weights, *stats = form.phase_one(scores)
+    return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked), stats, scores)
+
+
+def _score_recent(read: DepthRead, recent: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
+    """Score of the recent source `[B, T, D]` plus `read.stats[0]`, `[B, T]`."""
+    values = recent.to(read.query.dtype)
+    norm = norm_with_floor(values, norm_floor)
+    return torch.addcdiv(read.stats[0], values @ read.query, norm, value=math.sqrt(values.shape[-1]))
+
+
+class MeanWeights:
+    """Weights that sum to 1: the paper's form. The state between sublayers is the recent sources."""
+
+    @staticmethod
+    def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    @staticmethod
+    def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[..., n]` scores to the weights `[..., n]` of the sources and minus their log-sum-exp `[...]`."""
+        return torch.softmax(scores, dim=-1), -torch.logsumexp(scores, dim=-1)
+
+    @staticmethod
+    def phase_two(read: DepthRead, norm_floor: torch.Tensor, *state: torch.Tensor):
+        """Merges the recent source, if there is one, into the row of phase 1.
+
+        With one extra source online softmax is `row + p (recent - row)`, `p = sigmoid(score - lse)`.
+
+        Returns:
+            the mix `[B, T, D]`, and the recent source's score plus `read.stats[0]` `[B, T]`, or `None` without one.
+        """
+        if not state:
+            return read.row, None
+        (recent,) = state
+        logit = _score_recent(read, recent, norm_floor)
+        share = torch.sigmoid(logit).to(recent.dtype).unsqueeze(-1)
+        return torch.lerp(read.row, recent, share), logit
+
+    @staticmethod
+    def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
+        """The state after a sublayer: its `output` `[B, T, D]` opens a block or is added to the open one."""
+        if starts_block:
+            return (*state, output)
+        return (*state[:-1], state[-1] + output)
+
+    @staticmethod
+    def recents(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The sources of `state` that are not in the bank, oldest first."""
+        return state
+
+    @staticmethod
+    def without_closed(state: tuple[torch.Tensor, ...], num_closed: int) -> tuple[torch.Tensor, ...]:
+        """`state` after its `num_closed` oldest recent sources went into the bank."""
+        return state[num_closed:]
+
+
+class SumWeights(MeanWeights):
+    r"""Weights that sum to the number of sources n, anchored at the plain residual stream.
+
+    The state is `(stream, *recents)`: `stream` is the running total of all sources, kept by the same additions as in a
+    PreNorm model. With `e_i = exp(s_i - m)` the mix is
+
+        h = n / sum_i e_i * (stream + sum_i (e_i - 1) v_i)
+
+    Zero queries make every `e_i - 1` exactly 0 and the factor exactly 1, so the mix is the stream bit for bit.
+    """
+
+    # exp(60) times any source stays finite in fp32, and beyond it the recent source has all the weight.
+    MAX_LOGIT = 60.0
+
+    @staticmethod
+    def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (embedding,)
+
+    @staticmethod
+    def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[..., n]` scores to `e - 1` `[..., n]`, and as stats minus the largest score and `sum(e)`, both `[...]`."""
+        # The mix does not depend on which `m` is subtracted, so no gradient need flow through it.
+        offset = -scores.detach().amax(dim=-1)
+        excess = torch.expm1(scores + offset.unsqueeze(-1))
+        return excess, offset, excess.sum(-1) + scores.shape[-1]
+
+    @staticmethod
+    def phase_two(read: DepthRead, norm_floor: torch.Tensor, *state: torch.Tensor):
+        stream, *recents = state
+        _, total = read.stats
+        num_sources = read.scores.shape[-1] + len(recents)
+        mix, logit = stream + read.row, None
+        if recents:
+            logit = _score_recent(read, recents[0], norm_floor)
+            excess = torch.expm1(logit.clamp(max=SumWeights.MAX_LOGIT))
+            total = total + (excess + 1)
+            mix = torch.addcmul(mix, excess.to(stream.dtype).unsqueeze(-1), recents[0])
+        return mix * (num_sources / total).to(stream.dtype).unsqueeze(-1), logit
+
+    @staticmethod
+    def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
+        stream, *recents = state
+        return (stream + output, *MeanWeights.advance(tuple(recents), output, starts_block))
+
+    @staticmethod
+    def recents(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return state[1:]
+
+    @staticmethod
+    def without_closed(state: tuple[torch.Tensor, ...], num_closed: int) -> tuple[torch.Tensor, ...]:
+        return (state[0], *state[1 + num_closed :])
+
+
+FORMS = {"mean": MeanWeights, "sum": SumWeights}
+
+
+def mix_weights(read: DepthRead, recent_logit: torch.Tensor | None, depth_weights: str) -> torch.Tensor:
+    """The weights `[B, T, n]` of a mix, from what phase 1 and [`MeanWeights.phase_two`] computed it with."""
+    logits = read.scores[..., read.position, :] + read.stats[0].unsqueeze(-1)
+    if recent_logit is not None:
+        logits = torch.cat([logits, recent_logit.unsqueeze(-1)], dim=-1)
+    weights = torch.softmax(logits, dim=-1)
+    return weights * weights.shape[-1] if depth_weights == "sum" else weights
+
+
+# --- The module ------------------------------------------------------------------------------------------------------
+
+
+class DepthAttention(nn.Module):
+    """Owns the pseudo-queries and key norms of the whole model.
+
+    They do not belong to the decoder layers: phase 1 needs a group's queries before its layers run. Row `l - 1` serves
+    sublayer `l` (counted from 0), the last row the output mix. Sublayer 0 has one source and needs no query.
+
+    Args:
+        num_sublayers: L.
+        hidden_size: D.
+        eps: epsilon of the key RMSNorm.
+    """
+
+    def __init__(self, num_sublayers: int, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.query = nn.Parameter(torch.zeros(num_sublayers, hidden_size))
+        self.key_norm = nn.Parameter(torch.ones(num_sublayers, hidden_size))
+
+    def forward(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Folds each key norm's weight into its query: `w . (g * v / rms(v)) = (w * g) . v / rms(v)`.
+
+        Args:
+            embedding: `[B, T, D]`, for dtype and device.
+
+        Returns:
+            `[L + 1, D]` folded queries in at least fp32, row l for sublayer l (row 0 zeros), row L for the output mix;
+            and the scalar `sqrt(D * eps)` that the norm of a source is floored with.
+        """
+        dtype = accumulation_dtype(embedding.dtype)
+        queries = self.query.to(dtype) * self.key_norm.to(dtype)
+        queries = nn.functional.pad(queries, (0, 0, 1, 0))
+        return queries, queries.new_full((), math.sqrt(self.eps * queries.shape[-1]))
+
+    def extra_repr(self) -> str:
+        return f"num_sublayers={self.query.shape[0]}, hidden_size={self.query.shape[1]}, eps={self.eps}"
+
+
+class DepthStream:
+    """The depth side of one forward: what the residual stream is to a PreNorm decoder.
+
+    It owns the bank for the forward; the *depth state* (recent sources, and the plain stream under `"sum"`) flows
+    through the layers as tensors.
+
+    Args:
+        queries, norm_floor: from [`DepthAttention`].
+        bank: the block summaries to fill.
+        sublayers_per_block: S.
+        depth_weights: `"mean"` or `"sum"`.
+    """
+
+    def __init__(
+        self,
+        queries: torch.Tensor,
+        norm_floor: torch.Tensor,
+        bank: BlockSummaries,
+        sublayers_per_block: int,
+        depth_weights: str,
+    ):
+        self.queries, self.norm_floor, self.bank = queries, norm_floor, bank
+        self.sublayers_per_block = sublayers_per_block
+        self.depth_weights, self.form = depth_weights, FORMS[depth_weights]
+        self.num_sublayers = len(queries) - 1
+        self.groups = sublayer_groups(self.num_sublayers, sublayers_per_block)
+        # The finished sources, alias by alias of the bank's slots, for layers that recompute phase 1.
+        self.sources: list[torch.Tensor] = []
+
+    def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Empties the bank, files the embedding `[B, T, D]` as the first source; returns the first depth state."""
+        capacity = 1 + math.ceil(self.num_sublayers / self.sublayers_per_block)
+        self.bank.reset(embedding, capacity, num_queries=len(self.queries))
+        self._file(embedding)
+        return self.form.start(embedding)
+
+    def read(self, first: int, last: int) -> list[DepthRead]:
+        """Phase 1 for the sublayers `[first, last)`."""
+        return read_bank(self.bank, self.queries, first, last, self.form)
+
+    def close(self, state: tuple[torch.Tensor, ...], next_sublayer: int) -> tuple[torch.Tensor, ...]:
+        """Ends a group: files the blocks of `state` that are complete, and returns the state that is left."""
+        recents = self.form.recents(state)
+        is_open = next_sublayer % self.sublayers_per_block != 0
+        num_closed = len(recents) - is_open
+        for source in recents[:num_closed]:
+            self._file(source)
+        return self.form.without_closed(state, num_closed)
+
+    def mix_output(self, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output mix `[B, T, D]` over all sources, and its weights `[B, T, n]`."""
+        (read,) = self.read(self.num_sublayers, self.num_sublayers + 1)
+        mix, logit = self.form.phase_two(read, self.norm_floor, *state)
+        return mix, mix_weights(read, logit, self.depth_weights)
+
+    def stacked_sources(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """All sources in order of depth, `[B, T, n, D]`, as a copy that outlives the bank."""
+        return torch.stack((*self.sources, *self.form.recents(state)), dim=-2)
+
+    def _file(self, source: torch.Tensor):
+        self.sources.append(self.bank.append(source, self.queries, self.norm_floor))
+
+
+# --- A stack of sublayers --------------------------------------------------------------------------------------------
+
+
+def attention_residuals(
+    embedding: torch.Tensor,
+    sublayers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    query: torch.Tensor,
+    key_norm: torch.Tensor,
+    eps: float,
+    sublayers_per_block: int,
+    depth_weights: str = "mean",
+    impl: str = "two_phase",
+) -> torch.Tensor:
+    """A stack of sublayers whose residual adds are attention over depth.
+
+    Args:
+        embedding: `[B, T, D]`.
+        sublayers: L functions `[B, T, D] -> [B, T, D]`, pre-norm included; an even number.
+        query, key_norm: `[L, D]` as in [`DepthAttention`].
+        eps: epsilon of the key RMSNorm.
+        sublayers_per_block: S, from 1 (Full AttnRes) to L.
+        depth_weights: `"mean"` or `"sum"`.
+        impl: `"two_phase"` (Algorithm 1) or `"naive"` (Figure 2, generalised to any S).
+
+    Returns:
+        `[B, T, D]`: the output mix, which a PreNorm model would hand to its final norm.
+
+    Raises:
+        ValueError: on an unknown `impl` or `depth_weights`, an odd number of sublayers, or shapes that do not fit.
+    """
+    if impl not in ("naive", "two_phase"):
+        raise ValueError(f"`impl` must be 'naive' or 'two_phase', got {impl!r}.")
+    if depth_weights not in FORMS:
+        raise ValueError(f"`depth_weights` must be one of {tuple(FORMS)}, got {depth_weights!r}.")
+    num_sublayers = len(sublayers)
+    if num_sublayers % 2 or not 1 <= sublayers_per_block <= num_sublayers:
+        raise ValueError(
+            "`sublayers` must be an even number of functions and `sublayers_per_block` from 1 to that number, got "
+            f"{num_sublayers} and {sublayers_per_block}."
+        )
+    for name, parameter in (("query", query), ("key_norm", key_norm)):
+        if parameter.shape != (num_sublayers, embedding.shape[-1]):
+            raise ValueError(
+                f"`{name}` must be [{num_sublayers}, {embedding.shape[-1]}], got {list(parameter.shape)}."
+            )
+    run = _naive_stack if impl == "naive" else _two_phase_stack
+    return run(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights)
+
+
+def _naive_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights):
+    sources = [embedding]
+    hidden_states = embedding
+    for index, sublayer in enumerate(sublayers):
+        if index > 0:
+            hidden_states, _ = naive_depth_attention(
+                torch.stack(sources), query[index - 1], key_norm[index - 1], eps, depth_weights
+            )
+        output = sublayer(hidden_states)
+        if index % sublayers_per_block == 0:
+            sources.append(output)
+        else:
+            sources[-1] = sources[-1] + output
+    return naive_depth_attention(torch.stack(sources), query[-1], key_norm[-1], eps, depth_weights)[0]
+
+
+def _two_phase_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights):
+    fold = DepthAttention(len(sublayers), embedding.shape[-1], eps)
+    queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
+    depth = DepthStream(queries, norm_floor, BlockSummaries(), sublayers_per_block, depth_weights)
+    state = depth.start(embedding)
+    for first, last in depth.groups:
+        for index, read in enumerate(depth.read(first, last), start=first):
+            hidden_states, _ = depth.form.phase_two(read, norm_floor, *state)
+            output = sublayers[index](hidden_states)
+            state = depth.form.advance(state, output, starts_block=index % sublayers_per_block == 0)
+        state = depth.close(state, next_sublayer=last)
+    return depth.mix_output(state)[0]

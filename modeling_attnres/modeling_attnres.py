@@ -1,0 +1,464 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Attention Residuals (arXiv 2603.15031) for any PreNorm decoder of Transformers.
+
+    AttnResForCausalLM -> AttnResModel (its own loop) -> decoder layers of the backbone -> depth attention
+
+The delta to the dense model, once: where a decoder layer adds to the residual stream and reads it back, an
+`AttnResDecoderLayer` hands its outputs to the open block and reads a mix over all sources of depth.
+
+Letters: B batch, T tokens, D hidden size, L sublayers (two per decoder layer), S sublayers per block, N blocks,
+n sources of a mix.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import (
+    capture_outputs,
+    resolve_hidden_states_indices,
+    selected_hidden_states,
+)
+
+from .backbone_attnres import (
+    LAYER_ARGUMENTS,
+    LayerPlan,
+    backbone_class,
+    check_backbone,
+    check_language_model_head,
+    layer_attention_mask,
+)
+from .block_summaries_attnres import BlockSummaries
+from .configuration_attnres import AttnResConfig
+from .depth_attention_attnres import (
+    FORMS,
+    DepthAttention,
+    DepthRead,
+    DepthStream,
+    mix_weights,
+    read_sources,
+)
+
+
+# On disk the backbone keeps its own names: an AttnRes checkpoint is the PreNorm checkpoint plus `depth_attention.*`, and
+# a plain PreNorm checkpoint loads with only those missing. The backbone's own mappings (experts...) apply below this.
+register_checkpoint_conversion_mapping(
+    AttnResConfig.model_type,
+    [
+        WeightRenaming(r"^model\.(embed_tokens|layers|norm)\.", r"model.backbone.\1."),
+        WeightRenaming(r"^(embed_tokens|layers|norm)\.", r"backbone.\1."),
+    ],
+    overwrite=True,  # this code may be imported a second time, from a checkpoint's own copy
+)
+
+
+@dataclass
+class AttnResModelOutputWithPast(MoeModelOutputWithPast):
+    """
+    Args:
+        hidden_states: as for a PreNorm model: entry i is what decoder layer i's token mixer reads (before its norm),
+            `[B, T, D]`; the last entry is after the final norm.
+        depth_weights: with `output_depth_weights=True`, the weights `[B, T, n]` of each of the L sublayers' mixes and
+            of the output mix, in at least fp32. They sum to 1, or to n under `depth_weights="sum"`.
+        block_summaries: with `output_block_summaries=True`, the sources `[B, T, N + 1, D]`: embedding, then blocks.
+    """
+
+    depth_weights: tuple[torch.Tensor, ...] | None = None
+    block_summaries: torch.Tensor | None = None
+
+
+@dataclass
+class AttnResCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """Fields as in [`AttnResModelOutputWithPast`], with `loss`, `aux_loss` and `logits` in front."""
+
+    depth_weights: tuple[torch.Tensor, ...] | None = None
+    block_summaries: torch.Tensor | None = None
+
+
+class AttnResDecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer of the backbone (its submodules, under their own names) whose residual adds attend over depth.
+
+    Args:
+        layer: the backbone's decoder layer.
+        plan: which child plays which part, as found by probing.
+        layer_idx: index of the decoder layer; it holds sublayers `2 * layer_idx` and `2 * layer_idx + 1`.
+        sublayers_per_block: S.
+        depth_weights: `"mean"` or `"sum"`.
+    """
+
+    def __init__(
+        self, layer: nn.Module, plan: LayerPlan, layer_idx: int, sublayers_per_block: int, depth_weights: str
+    ):
+        super().__init__()
+        for name in (plan.mixer_norm, plan.mixer, plan.feed_forward_norm, plan.feed_forward):
+            self.add_module(name, getattr(layer, name))
+        self.plan = plan
+        self.depth_weights = depth_weights
+        self.mixer_starts_block = 2 * layer_idx % sublayers_per_block == 0
+        self.feed_forward_starts_block = (2 * layer_idx + 1) % sublayers_per_block == 0
+
+    def forward(
+        self,
+        norm_floor: torch.Tensor,
+        *tensors: torch.Tensor,
+        reads: tuple[DepthRead, DepthRead] | None = None,
+        num_sources: int = 0,
+        output_depth_weights: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """
+        Args:
+            norm_floor: scalar from [`DepthAttention`].
+            tensors: with `reads`, the depth state; without, the layer's two folded queries `[2, D]`, `num_sources`
+                sources `[B, T, D]` and the depth state, so that gradient checkpointing recomputes phase 1 with the
+                layer. All that carries a gradient is positional: reentrant checkpointing drops any other.
+            reads: what phase 1 found for the token mixer and the feed-forward.
+            kwargs: the backbone's keyword arguments (masks, positions, cache).
+
+        Returns:
+            The token mixer's mix `[B, T, D]`, the two mixes' weights `[B, T, n]` (or `None`), and the new depth state.
+        """
+        form = FORMS[self.depth_weights]
+        state = tensors
+        if reads is None:
+            queries, sources, state = tensors[0], tensors[1 : 1 + num_sources], tensors[1 + num_sources :]
+            reads = read_sources(queries, sources, norm_floor, form)
+        mixer_read, feed_forward_read = reads
+
+        mixer_input, mixer_logit = form.phase_two(mixer_read, norm_floor, *state)
+        output = self._mix_tokens(getattr(self, self.plan.mixer_norm)(mixer_input), kwargs)
+        state = form.advance(state, output, self.mixer_starts_block)
+
+        hidden_states, feed_forward_logit = form.phase_two(feed_forward_read, norm_floor, *state)
+        output = getattr(self, self.plan.feed_forward)(getattr(self, self.plan.feed_forward_norm)(hidden_states))
+        if isinstance(output, tuple):  # a mixture of experts that returns its routing too
+            output = output[0]
+        state = form.advance(state, output, self.feed_forward_starts_block)
+
+        weights = (None, None)
+        if output_depth_weights:
+            weights = (
+                mix_weights(mixer_read, mixer_logit, self.depth_weights),
+                mix_weights(feed_forward_read, feed_forward_logit, self.depth_weights),
+            )
+        return mixer_input, *weights, *state
+
+    def _mix_tokens(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """Calls the token mixer with the arguments its own layer would give it."""
+        arguments = {name: kwargs.get(source) for name, source in self.plan.mixer_arguments.items()}
+        if self.plan.passes_kwargs:
+            arguments.update({name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS})
+        output = getattr(self, self.plan.mixer)(hidden_states, **arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class AttnResPreTrainedModel(PreTrainedModel):
+    config: AttnResConfig
+    config_class = AttnResConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AttnResDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "block_summaries"]
+    # Upper bounds: each instance takes its backbone's own.
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Recorded inside the backbone, by the backbone's own registry; hidden states are the loop's (see AttnResModel).
+    _can_record_outputs = {"attentions": [], "router_logits": []}
+
+    def __init__(self, config: AttnResConfig, *args, **kwargs):
+        config.validate_architecture()
+        backbone = backbone_class(config.text_config)
+        for flag in (
+            "_supports_flash_attn",
+            "_supports_sdpa",
+            "_supports_flex_attn",
+            "_supports_attention_backend",
+            "_can_compile_fullgraph",
+            "_is_stateful",
+        ):
+            setattr(self, flag, getattr(backbone, flag))
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DepthAttention):
+            if self.config.depth_query_init_std > 0:
+                init.normal_(module.query, mean=0.0, std=self.config.depth_query_init_std)
+            else:
+                init.zeros_(module.query)
+            init.ones_(module.key_norm)
+
+
+class AttnResModel(AttnResPreTrainedModel):
+    """The backbone's decoder with attention over depth in place of its residual adds.
+
+    The backbone is built by Transformers and kept as a child: embedding, rotary, token mixers, feed-forwards, norms,
+    masks and KV caches are the library's. Depth attention adds one module, [`DepthAttention`].
+
+    Raises:
+        UnsupportedBackboneError: at construction, if the backbone is not a plain PreNorm decoder.
+    """
+
+    def __init__(self, config: AttnResConfig):
+        super().__init__(config)
+        backbone = backbone_class(config.text_config)(config.text_config)
+        plans = check_backbone(backbone)
+        backbone.layers = nn.ModuleList(
+            AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block, config.depth_weights)
+            for index, (layer, plan) in enumerate(zip(backbone.layers, plans, strict=True))
+        )
+        self.backbone = backbone
+        self.depth_attention = DepthAttention(
+            config.num_sublayers, config.text_config.hidden_size, config.depth_norm_eps
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.backbone.embed_tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        block_summaries: BlockSummaries | None = None,
+        output_depth_weights: bool = False,
+        output_block_summaries: bool = False,
+        **kwargs,
+    ) -> AttnResModelOutputWithPast:
+        """
+        Args:
+            block_summaries: an allocation to reuse for this forward's block summaries; its contents are discarded.
+                A forward with gradients takes a new one.
+            output_depth_weights: whether to return the weights of every mix over depth.
+            output_block_summaries: whether to return the sources of the output mix.
+
+        The other arguments are those of the backbone.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.backbone.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        masks, layer_kwargs = self._backbone_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
+        layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
+
+        queries, norm_floor = self.depth_attention(inputs_embeds)
+        bank = BlockSummaries() if block_summaries is None else block_summaries
+        depth = DepthStream(queries, norm_floor, bank, self.config.sublayers_per_block, self.config.depth_weights)
+        state = depth.start(inputs_embeds)
+        hidden_states, depth_weights = [], []
+        for first, last in depth.groups:
+            layers = range(first // 2, last // 2)
+            recompute = self.training and any(self.backbone.layers[index].gradient_checkpointing for index in layers)
+            reads = None if recompute else depth.read(first, last)
+            for index in layers:
+                depth_inputs, depth_kwargs = self._layer_reads(depth, reads, index, first)
+                mask = layer_attention_mask(masks, self.config.text_config, index)
+                mix, *weights_and_state = self.backbone.layers[index](
+                    norm_floor, *depth_inputs, *state, **depth_kwargs, attention_mask=mask, **layer_kwargs
+                )
+                state = tuple(weights_and_state[2:])
+                hidden_states.append(mix)
+                depth_weights += weights_and_state[:2]
+            state = depth.close(state, next_sublayer=last)
+        mix, output_weights = depth.mix_output(state)
+        last_hidden_state = self.backbone.norm(mix)
+
+        return AttnResModelOutputWithPast(
+            last_hidden_state=last_hidden_state,
+            past_key_values=past_key_values,
+            hidden_states=self._select_hidden_states([*hidden_states, last_hidden_state], kwargs),
+            depth_weights=(*depth_weights, output_weights) if output_depth_weights else None,
+            block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
+        )
+
+    def _backbone_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[Any, dict]:
+        """Masks (one, or one per layer type) and the keyword arguments that every layer shares."""
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+        masks = attention_mask
+        if not isinstance(masks, dict):  # `generate` prepares them when the cache is static
+            masks = create_masks_for_generate(
+                self.config.text_config, inputs_embeds, attention_mask, past_key_values, position_ids
+            )
+        layer_kwargs = {"position_ids": position_ids, "past_key_values": past_key_values}
+        if hasattr(self.backbone, "rotary_emb"):
+            layer_kwargs["position_embeddings"] = self.backbone.rotary_emb(inputs_embeds, position_ids=position_ids)
+        return masks, layer_kwargs
+
+    @staticmethod
+    def _layer_reads(depth: DepthStream, reads: list[DepthRead] | None, index: int, first: int) -> tuple[tuple, dict]:
+        """Phase 1 of decoder layer `index` as its inputs: done, or as sources for a layer that recomputes it."""
+        sublayer = 2 * index
+        if reads is None:
+            return (depth.queries[sublayer : sublayer + 2], *depth.sources), {"num_sources": len(depth.sources)}
+        return (), {"reads": reads[sublayer - first : sublayer - first + 2]}
+
+    def _select_hidden_states(self, hidden_states: list[torch.Tensor], kwargs: dict) -> tuple | None:
+        """All hidden states, or only those that `output_hidden_states` names by index."""
+        requested = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if requested is None or requested is False:
+            return None
+        selected = selected_hidden_states(requested)
+        if selected is None:
+            return tuple(hidden_states)
+        keep = resolve_hidden_states_indices(self, selected, len(hidden_states))
+        return tuple(state if index in keep else None for index, state in enumerate(hidden_states))
+
+
+class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
+    """[`AttnResModel`] with the language model head of its backbone."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.backbone.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: AttnResConfig):
+        super().__init__(config)
+        check_language_model_head(config.text_config)
+        self.model = AttnResModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> AttnResCausalLMOutputWithPast:
+        """
+        Args:
+            labels: `[B, T]`; the loss is the backbone's next-token cross-entropy.
+            output_router_logits: for mixture-of-experts backbones that train with it, whether to return router logits
+                and add their load-balancing loss. Defaults to the backbone's config.
+            logits_to_keep: how many last positions to compute logits for; 0 for all.
+            kwargs: further arguments of [`AttnResModel`] (`output_depth_weights`, `block_summaries`, ...).
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from modeling_attnres import AttnResForCausalLM
+
+        >>> model = AttnResForCausalLM.from_pretrained("path/to/converted")
+        >>> tokenizer = AutoTokenizer.from_pretrained("path/to/converted")
+        >>> inputs = tokenizer("The capital of France is", return_tensors="pt")
+        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=5)[0])
+        ```
+        """
+        text_config = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = getattr(text_config, "output_router_logits", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        aux_loss = None
+        if output_router_logits and outputs.router_logits and hasattr(text_config, "router_aux_loss_coef"):
+            num_experts = outputs.router_logits[0].shape[-1]
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, num_experts, text_config.num_experts_per_tok, attention_mask
+            )
+            if loss is not None:
+                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+
+        return AttnResCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            depth_weights=outputs.depth_weights,
+            block_summaries=outputs.block_summaries,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # One bank for the whole `generate`: every decode step reuses its allocation.
+        model_kwargs.setdefault("block_summaries", BlockSummaries())
+
+
+class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel): ...
+
+
+class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel): ...
+
+
+class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel): ...
+
+
+__all__ = [
+    "AttnResForCausalLM",
+    "AttnResForQuestionAnswering",
+    "AttnResForSequenceClassification",
+    "AttnResForTokenClassification",
+    "AttnResModel",
+    "AttnResPreTrainedModel",
+]

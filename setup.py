@@ -1,0 +1,67 @@
+"""Packaging of modeling-attnres.
+
+In a checkout `configuration/`, `conversion/` and `eval/` lie beside the model. Installed, they live below
+`modeling_attnres`, because top-level packages of such common names would collide with other projects'.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_attnres/__init__.py").read_text(), re.M).group(1)
+
+
+def nested_packages(folder: str) -> dict[str, str]:
+    """Packages below a top-level folder, by the name they are installed under."""
+    inits = sorted((ROOT / folder).rglob("__init__.py"))
+    paths = [init.parent.relative_to(ROOT).as_posix() for init in inits]
+    return {f"modeling_attnres.{path.replace('/', '.')}": path for path in paths}
+
+
+PACKAGE_DIR = {"modeling_attnres": "modeling_attnres"}
+for folder in ("configuration", "conversion", "eval"):
+    PACKAGE_DIR.update(nested_packages(folder))
+
+EXTRAS = {
+    "gguf": ["gguf>=0.19"],
+    "train": ["peft>=0.21", "datasets>=5.2", "trl>=1.16", "matplotlib>=3.11"],
+    "eval": ["lm-eval>=0.4.13,<0.5", "scipy>=1.17", "statsmodels>=0.15", "matplotlib>=3.11", "datasets>=5.2"],
+}
+EXTRAS["dev"] = sorted({requirement for requirements in EXTRAS.values() for requirement in requirements}) + [
+    "build>=1.2",
+    "pytest>=9.0",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17",
+    "setuptools>=77",
+    "torchao>=0.18",
+]
+
+setup(
+    name="modeling-attnres",
+    version=VERSION,
+    description="Attention Residuals (arXiv 2603.15031) for any PreNorm decoder of Hugging Face Transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=list(PACKAGE_DIR),
+    package_dir=PACKAGE_DIR,
+    package_data={"": ["*.json", "*.jsonl", "*.yaml", "*_yaml", "*.md", "*.txt"]},
+    install_requires=[
+        "torch>=2.13,<3",
+        "transformers>=5.23,<6",
+        "accelerate>=1.15",
+        "safetensors>=0.8",
+        "huggingface_hub>=2.4",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [
+            "attnres-convert=modeling_attnres.conversion.cli:main",
+        ]
+    },
+)
