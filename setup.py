@@ -62,6 +62,7 @@ setup(
     entry_points={
         "console_scripts": [
             "attnres-convert=modeling_attnres.conversion.cli:main",
+            "attnres-bench=modeling_attnres.eval.bench.cli:main",
         ]
     },
 )
