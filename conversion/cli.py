@@ -1,0 +1,89 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Command line of the conversion: `attnres-convert SOURCE OUT --num-blocks 8`."""
+
+import argparse
+import sys
+
+from modeling_attnres import UnsupportedBackboneError
+
+from .checkpoint import ConversionError
+from .convert import DTYPES, ConversionReport, convert
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="attnres-convert",
+        description="Turn a pretrained PreNorm model into an Attention Residuals model that computes the same.",
+    )
+    parser.add_argument("source", help="checkpoint folder, .gguf file, or model id on the Hub")
+    parser.add_argument("out", help="folder to create")
+    blocks = parser.add_mutually_exclusive_group()
+    blocks.add_argument("--num-blocks", type=int, metavar="N", help="blocks of depth (default: 8)")
+    blocks.add_argument("--sublayers-per-block", type=int, metavar="S", help="sublayers per block; 1 is Full AttnRes")
+    parser.add_argument(
+        "--depth-weights", choices=["sum", "mean"], help="'sum' (default) is lossless, 'mean' the paper's"
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), help="cast the weights (default: as stored)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder at OUT")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="skip the comparison of logits")
+    parser.add_argument("--check-text", metavar="TEXT", help="also compare the logits on this text")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument(
+        "--drop-keys",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="leave out source tensors of these names (repeatable); any other unknown tensor is an error",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = vars(build_parser().parse_args(argv))
+    arguments["drop_keys"] = tuple(arguments["drop_keys"])
+    try:
+        report = convert(arguments.pop("source"), arguments.pop("out"), **arguments)
+    except (ConversionError, UnsupportedBackboneError) as error:
+        print(f"attnres-convert: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("attnres-convert: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    print(describe(report))
+    return 0
+
+
+def describe(report: ConversionReport) -> str:
+    """The report as lines for a terminal."""
+    lines = [
+        f"{report.source_name} ({report.source_kind}, {report.model_type}) -> {report.out_name} ({report.target})",
+        f"blocks      {report.num_blocks} of {report.sublayers_per_block} sublayers ({report.num_sublayers} in all), "
+        f'depth weights "{report.depth_weights}"',
+        f"parameters  {report.num_parameters:,}, of which {report.parameters_added:,} added",
+        f"weights     {report.weight_bytes / 1e6:,.1f} MB, {report.dtype}",
+    ]
+    if report.dropped_keys:
+        lines.append(f"left out    {', '.join(report.dropped_keys)}")
+    lines.append(f"check       {report.check}")
+    lines += [
+        f"            {name}: max logit difference {row['max_logit_difference']}, KL {row['kl_divergence']:.3g}, "
+        f"top-1 agreement {row['top1_agreement']:.1%} ({row['tokens']} tokens)"
+        for name, row in report.parity.items()
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

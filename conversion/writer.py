@@ -1,0 +1,201 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Writing checkpoint folders tensor by tensor, and putting them in place only when they are complete."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import torch
+from tqdm import tqdm
+
+from .checkpoint import DTYPE_NAMES, SAFETENSORS, SAFETENSORS_INDEX, ConversionError
+
+
+COPY_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to write; `read` gives it when its turn comes, in this dtype and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """A weight file to write.
+
+    Attributes:
+        copy_of: a safetensors file that already holds exactly these tensors, to be copied byte for byte.
+    """
+
+    tensors: list[OutputTensor]
+    copy_of: Path | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+def write_shards(folder: Path, shards: list[OutputShard]):
+    """Writes the weight files and, if there are several, their index, with a progress bar."""
+    names = [SAFETENSORS]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    total = sum(shard.num_bytes for shard in shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights") as progress:
+        for name, shard in zip(names, shards, strict=True):
+            if shard.copy_of is not None:
+                _copy_file(shard.copy_of, folder / name, progress)
+            else:
+                _write_safetensors(folder / name, shard.tensors, progress)
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_file(source: Path, target: Path, progress: tqdm):
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(COPY_CHUNK_BYTES):
+            writer.write(chunk)
+            progress.update(len(chunk))
+
+
+def _write_safetensors(path: Path, tensors: list[OutputTensor], progress: tqdm):
+    """A safetensors file with one tensor in memory at a time, which the library's own writer cannot do.
+
+    Format: length of the header (8 bytes, little endian), JSON header, the tensors' bytes without gaps.
+    """
+    # Wide dtypes first, so that every tensor starts at a multiple of its item size; by name for repeatable files.
+    tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.num_bytes],
+        }
+        position += tensor.num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 64)  # data on a cache line, for readers that map the file
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            data = tensor.read()
+            if data.dtype != tensor.dtype or tuple(data.shape) != tuple(tensor.shape):
+                raise RuntimeError(
+                    f"'{tensor.name}' was announced as {tensor.dtype} {tensor.shape}, got {data.dtype}."
+                )
+            file.write(data.contiguous().view(-1).view(torch.uint8).numpy().data)
+            progress.update(tensor.num_bytes)
+
+
+def check_output(out: Path, source: Path | None, overwrite: bool):
+    """Checks that `out` can be written, before any work.
+
+    Raises:
+        ConversionError: if it exists and may not be replaced, or lies inside the source.
+    """
+    resolved = out.resolve()
+    if source is not None and (resolved == source.resolve() or source.resolve() in resolved.parents):
+        raise ConversionError(f"`out` must not be the source or lie inside it, got {out} for the source {source}.")
+    if source is not None and resolved in source.resolve().parents:
+        raise ConversionError(f"`out` must not contain the source, got {out} for the source {source}.")
+    if not resolved.parent.is_dir():
+        raise ConversionError(f"`out` must lie in a folder that exists, got {out}.")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise ConversionError(f"`out` exists: {out}. Choose another folder, or replace it with --overwrite.")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise ConversionError(f"`out` exists and is not a model folder, so --overwrite does not replace it: {out}.")
+
+
+@contextmanager
+def workspace(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to work in, removed however the work ends.
+
+    What a killed run left behind is cleared first; a run that is still alive is refused.
+    """
+    folder = out.parent / f".{out.name}.partial"
+    lock = filelock.FileLock(out.parent / f".{out.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConversionError(f"`out` is being written by another conversion: {out}.") from None
+    try:
+        _finish_replacement(out)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ConversionError(f"No space left while writing {out}: nothing was written ({error}).") from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def put_in_place(complete: Path, out: Path):
+    """Moves a complete folder to `out`, which it replaces if it exists."""
+    for file in complete.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())  # a rename must not outlive the data after a power cut
+    replaced = _replaced(out)
+    if out.exists():
+        out.rename(replaced)
+    try:
+        complete.rename(out)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(out)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(out: Path) -> Path:
+    return out.parent / f".{out.name}.replaced"
+
+
+def _finish_replacement(out: Path):
+    """Clears up after a run killed between the two renames of [`put_in_place`]: the old folder comes back."""
+    replaced = _replaced(out)
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_space(folder: Path, num_bytes: int):
+    """Raises `ConversionError` if `folder`'s file system has less than `num_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ConversionError(f"No space for the result: {num_bytes:,} bytes needed in {folder}, {free:,} free.")
