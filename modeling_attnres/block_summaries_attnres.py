@@ -46,10 +46,10 @@ class _LinkSource(torch.autograd.Function):
     """Ties a source to its slot: in backward the slot of the bank's gradient is the source's gradient."""
 
     @staticmethod
-    def forward(ctx, link, source, sources, slot):
+    def forward(ctx, link, source, stored, slot):
         ctx.slot = slot
         ctx.set_materialize_grads(False)
-        return link.view_as(link), sources[slot]
+        return link.view_as(link), stored.view_as(stored)
 
     @staticmethod
     def backward(ctx, link_gradient, alias_gradient):
@@ -63,11 +63,11 @@ class _LinkScores(torch.autograd.Function):
     """Hands on scores that `append` computed; in backward sends their gradient to the queries and into the bank's."""
 
     @staticmethod
-    def forward(ctx, link, queries, scores, sources, inv_rms):
+    def forward(ctx, link, queries, scores, sources, norms):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(queries)
         # Not saved through autograd: later slots are written while these live ones stay as they are.
-        ctx.bank = (sources, inv_rms, scores)
+        ctx.bank = (sources, norms, scores)
         return scores.clone(), link.view_as(link)
 
     @staticmethod
@@ -75,17 +75,17 @@ class _LinkScores(torch.autograd.Function):
         if scores_gradient is None:
             return link_gradient, None, None, None, None
         (queries,) = ctx.saved_tensors
-        sources, inv_rms, scores = ctx.bank
-        n, dim = scores.shape[-1], sources.shape[-1]
-        live, inv_rms = sources[:n], inv_rms[:n].movedim(0, -1)  # [n, B, T, D], [B, T, n]
-        # score = (q . v) * inv_rms(v), and d inv_rms / dv = -inv_rms^3 v / D
-        dots_gradient = scores_gradient * inv_rms.unsqueeze(-2)  # [B, T, R, n]
+        sources, norms, scores = ctx.bank
+        n = scores.shape[-1]
+        live, norms = sources[:n], norms[:n].movedim(0, -1)  # [n, B, T, D], [B, T, n]
+        # score = (q . v) / norm, so d score / dv = q / norm - score * v / norm^2
+        dots_gradient = scores_gradient / norms.unsqueeze(-2)  # [B, T, R, n]
         per_source = dots_gradient.flatten(0, 1).permute(2, 1, 0).to(sources.dtype)  # [n, R, M]
         queries_gradient = torch.bmm(per_source, live.flatten(1, 2)).to(queries.dtype).sum(0)
         if ctx.needs_input_grad[0]:
             if link_gradient is None:
                 link_gradient = torch.zeros_like(sources)
-            through_norm = (scores_gradient * scores).sum(-2) * inv_rms.square() / dim  # [B, T, n]
+            through_norm = (dots_gradient * scores).sum(-2) / norms  # [B, T, n]
             gradient = link_gradient[:n]
             gradient.addcmul_(live, through_norm.movedim(-1, 0).unsqueeze(-1).to(live.dtype), value=-1)
             gradient.flatten(1, 2).baddbmm_(
@@ -130,13 +130,14 @@ class BlockSummaries:
 
     Attributes:
         sources: `[capacity, B, T, D]` in the model's dtype; slots `[:length]` are live.
-        inv_rms: `[capacity, B, T]` in at least fp32, `1 / sqrt(mean(v^2) + eps)` of each live source.
+        norms: `[capacity, B, T]` in at least fp32, `sqrt(sum(v^2) + D * eps)` of each live source: `sqrt(D)` over its
+            `1/rms`, see `inv_rms`.
         scores: `[B, T, L + 1, capacity]` in at least fp32, each live source scored by every query that can read it.
         length: number of live sources.
     """
 
     def __init__(self):
-        self.sources = self.inv_rms = self.scores = None
+        self.sources = self.norms = self.scores = None
         self.length = 0
         self._gradient_link = None
 
@@ -156,14 +157,21 @@ class BlockSummaries:
         if not reusable:
             dtype = accumulation_dtype(like.dtype)
             self.sources = like.new_empty(shape)
-            self.inv_rms = like.new_empty(shape[:-1], dtype=dtype)
+            self.norms = like.new_empty(shape[:-1], dtype=dtype)
             self.scores = like.new_empty((*like.shape[:-1], num_queries, capacity), dtype=dtype)
         self.length = 0
         # Carries the shape and the gradient of `sources` from one operation on the bank to the next, without memory.
         self._gradient_link = like.new_empty(()).expand(shape) if torch.is_grad_enabled() else None
 
-    def append(self, source: torch.Tensor, queries: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-        """Writes a finished source `[B, T, D]` to the next free slot and scores it.
+    @property
+    def inv_rms(self) -> torch.Tensor:
+        """`[length, B, T]`, `1 / sqrt(mean(v^2) + eps)` of each live source."""
+        return math.sqrt(self.sources.shape[-1]) / self.norms[: self.length]
+
+    def append(
+        self, source: torch.Tensor, queries: torch.Tensor, norm_floor: torch.Tensor, first_reader: int = 0
+    ) -> torch.Tensor:
+        """Writes a finished source `[B, T, D]` to the next free slot and scores it for the queries `[first_reader:]`.
 
         Returns:
             The source as it lies in the bank, with the gradient of `source`, so that `source` need not be kept.
@@ -175,15 +183,16 @@ class BlockSummaries:
         if slot == self.sources.shape[0]:
             raise RuntimeError(f"All {slot} slots of the block summaries hold a live source.")
         values = source.detach()
-        self.sources[slot].copy_(values)
-        values = values.to(self.inv_rms.dtype)
-        self.inv_rms[slot].copy_(math.sqrt(values.shape[-1]) / norm_with_floor(values, norm_floor))
-        dots = values @ queries.detach().T
-        torch.mul(dots, self.inv_rms[slot].unsqueeze(-1), out=self.scores[..., slot])
+        stored, norms = self.sources[slot], self.norms[slot]
+        stored.copy_(values)
+        values = values.to(norms.dtype)  # fp32 of one source at a time, never of the bank
+        torch.hypot(torch.linalg.vector_norm(values, dim=-1), norm_floor, out=norms)
+        dots = torch.matmul(values, queries[first_reader:].detach().T)
+        torch.div(dots, norms.unsqueeze(-1), out=self.scores[..., first_reader:, slot])
         self.length += 1
         if self._gradient_link is None:
-            return self.sources[slot]
-        self._gradient_link, alias = _LinkSource.apply(self._gradient_link, source, self.sources, slot)
+            return stored
+        self._gradient_link, alias = _LinkSource.apply(self._gradient_link, source, stored, slot)
         return alias
 
     def score(self, queries: torch.Tensor, first: int, last: int) -> torch.Tensor:
@@ -191,7 +200,7 @@ class BlockSummaries:
         scores = self.scores[..., first:last, : self.length]
         if self._gradient_link is not None:
             scores, self._gradient_link = _LinkScores.apply(
-                self._gradient_link, queries[first:last], scores, self.sources, self.inv_rms
+                self._gradient_link, queries[first:last], scores, self.sources, self.norms
             )
         return scores
 

@@ -142,8 +142,8 @@ def read_sources(
     """
     stacked = torch.stack(tuple(sources))
     values = stacked.to(queries.dtype)
-    inv_rms = math.sqrt(values.shape[-1]) / norm_with_floor(values, norm_floor)
-    scores = ((values @ queries.T) * inv_rms.unsqueeze(-1)).movedim(0, -1)  # [B, T, R, n]
+    scores = (values @ queries.T) / norm_with_floor(values, norm_floor).unsqueeze(-1)
+    scores = scores.movedim(0, -1)  # [B, T, R, n]
     weights, *stats = form.phase_one(scores)
     return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked), stats, scores)
 
@@ -151,8 +151,7 @@ def read_sources(
 def _score_recent(read: DepthRead, recent: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
     """Score of the recent source `[B, T, D]` plus `read.stats[0]`, `[B, T]`."""
     values = recent.to(read.query.dtype)
-    norm = norm_with_floor(values, norm_floor)
-    return torch.addcdiv(read.stats[0], values @ read.query, norm, value=math.sqrt(values.shape[-1]))
+    return torch.addcdiv(read.stats[0], torch.matmul(values, read.query), norm_with_floor(values, norm_floor))
 
 
 class MeanWeights:
@@ -205,14 +204,16 @@ class SumWeights(MeanWeights):
     r"""Weights that sum to the number of sources n, anchored at the plain residual stream.
 
     The state is `(stream, *recents)`: `stream` is the running total of all sources, kept by the same additions as in a
-    PreNorm model. With `e_i = exp(s_i - m)` the mix is
+    PreNorm model. Phase 1 weighs its sources by `e_i = exp(s_i) / mean(exp(s))`, which are exactly 1 for zero queries,
+    and sums `D = sum (e_i - 1) v_i`. With `x` the recent source's weight on that scale, the mix is
 
-        h = n / sum_i e_i * (stream + sum_i (e_i - 1) v_i)
+        h = c (stream + D) + n (1 - c) recent,    c = n / (n - 1 + x)
 
-    Zero queries make every `e_i - 1` exactly 0 and the factor exactly 1, so the mix is the stream bit for bit.
+    For zero queries D is exactly 0 and c exactly 1: the mix is the stream bit for bit. No coefficient exceeds n, so
+    the rounding of the stream is not amplified.
     """
 
-    # exp(60) times any source stays finite in fp32, and beyond it the recent source has all the weight.
+    # Beyond it the recent source has all the weight, and exp stays finite, also in the backward.
     MAX_LOGIT = 60.0
 
     @staticmethod
@@ -220,25 +221,26 @@ class SumWeights(MeanWeights):
         return (embedding,)
 
     @staticmethod
-    def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[..., n]` scores to `e - 1` `[..., n]`, and as stats minus the largest score and `sum(e)`, both `[...]`."""
-        # The mix does not depend on which `m` is subtracted, so no gradient need flow through it.
-        offset = -scores.detach().amax(dim=-1)
-        excess = torch.expm1(scores + offset.unsqueeze(-1))
-        return excess, offset, excess.sum(-1) + scores.shape[-1]
+    def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[..., n]` scores to `e - 1` `[..., n]` and minus the logarithm of `mean(exp(s))` `[...]`."""
+        largest = scores.detach().amax(dim=-1, keepdim=True)  # cancels: no gradient need flow through it
+        exponentials = torch.exp(scores - largest)
+        mean = exponentials.mean(dim=-1, keepdim=True)
+        return exponentials / mean - 1, -(largest + torch.log(mean)).squeeze(-1)
 
     @staticmethod
     def phase_two(read: DepthRead, norm_floor: torch.Tensor, *state: torch.Tensor):
         stream, *recents = state
-        _, total = read.stats
-        num_sources = read.scores.shape[-1] + len(recents)
-        mix, logit = stream + read.row, None
-        if recents:
-            logit = _score_recent(read, recents[0], norm_floor)
-            excess = torch.expm1(logit.clamp(max=SumWeights.MAX_LOGIT))
-            total = total + (excess + 1)
-            mix = torch.addcmul(mix, excess.to(stream.dtype).unsqueeze(-1), recents[0])
-        return mix * (num_sources / total).to(stream.dtype).unsqueeze(-1), logit
+        mix = stream + read.row
+        if not recents:
+            return mix, None
+        (recent,) = recents
+        num_sources = read.scores.shape[-1] + 1
+        logit = _score_recent(read, recent, norm_floor)
+        keep = num_sources / (num_sources + torch.expm1(logit.clamp(max=SumWeights.MAX_LOGIT)))
+        share = torch.rsub(keep, num_sources, alpha=num_sources)
+        keep, share = keep.to(mix.dtype).unsqueeze(-1), share.to(mix.dtype).unsqueeze(-1)
+        return torch.addcmul(mix * keep, recent, share), logit
 
     @staticmethod
     def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
@@ -288,7 +290,9 @@ class DepthAttention(nn.Module):
         self.key_norm = nn.Parameter(torch.ones(num_sublayers, hidden_size))
 
     def forward(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Folds each key norm's weight into its query: `w . (g * v / rms(v)) = (w * g) . v / rms(v)`.
+        """Folds each key norm's weight and `1 / rms`'s `sqrt(D)` into its query, so that a score is a quotient:
+
+            w . (g * v / rms(v)) = (sqrt(D) * w * g) . v / sqrt(sum(v^2) + D * eps)
 
         Args:
             embedding: `[B, T, D]`, for dtype and device.
@@ -298,7 +302,7 @@ class DepthAttention(nn.Module):
             and the scalar `sqrt(D * eps)` that the norm of a source is floored with.
         """
         dtype = accumulation_dtype(embedding.dtype)
-        queries = self.query.to(dtype) * self.key_norm.to(dtype)
+        queries = self.query.to(dtype) * self.key_norm.to(dtype) * math.sqrt(self.query.shape[-1])
         queries = nn.functional.pad(queries, (0, 0, 1, 0))
         return queries, queries.new_full((), math.sqrt(self.eps * queries.shape[-1]))
 
@@ -366,7 +370,10 @@ class DepthStream:
         return torch.stack((*self.sources, *self.form.recents(state)), dim=-2)
 
     def _file(self, source: torch.Tensor):
-        self.sources.append(self.bank.append(source, self.queries, self.norm_floor))
+        # Source k is complete when sublayer k * S begins, and no earlier query reads it from the bank.
+        first_reader = self.bank.length * self.sublayers_per_block
+        first_reader = min(first_reader, self.num_sublayers)
+        self.sources.append(self.bank.append(source, self.queries, self.norm_floor, first_reader))
 
 
 # --- A stack of sublayers --------------------------------------------------------------------------------------------
