@@ -13,14 +13,7 @@
 # limitations under the License.
 """Attention Residuals (arXiv 2603.15031) for any PreNorm decoder of Hugging Face Transformers."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from transformers import AutoConfig
 
 from .backbone_attnres import UnsupportedBackboneError, supported_backbones
 from .block_summaries_attnres import BlockSummaries
@@ -38,18 +31,9 @@ from .modeling_attnres import (
 
 __version__ = "0.1.0"
 
+# Checkpoints carry their code, so that they load with `trust_remote_code=True` where the package is missing.
 AutoConfig.register(AttnResConfig.model_type, AttnResConfig)
 AttnResConfig.register_for_auto_class()
-for _auto_class, _model_class in (
-    (AutoModel, AttnResModel),
-    (AutoModelForCausalLM, AttnResForCausalLM),
-    (AutoModelForSequenceClassification, AttnResForSequenceClassification),
-    (AutoModelForTokenClassification, AttnResForTokenClassification),
-    (AutoModelForQuestionAnswering, AttnResForQuestionAnswering),
-):
-    _auto_class.register(AttnResConfig, _model_class)
-    # Checkpoints carry this code, so that they load with `trust_remote_code=True` where the package is missing.
-    _model_class.register_for_auto_class(_auto_class.__name__)
 
 __all__ = [
     "AttnResConfig",

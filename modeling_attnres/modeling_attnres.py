@@ -22,11 +22,19 @@ Letters: B batch, T tokens, D hidden size, L sublayers (two per decoder layer), 
 n sources of a mix.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -200,6 +208,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: AttnResConfig, *args, **kwargs):
         config.validate_architecture()
+        if not isinstance(config, AttnResConfig):
+            # Out of a folder, Transformers imports the config's file twice: by itself, and for this one. The generic
+            # heads ask `AutoModel` by the config's class.
+            AutoModel.register(type(config), AttnResModel, exist_ok=True)
         backbone = backbone_class(config.text_config)
         for flag in (
             "_supports_flash_attn",
@@ -221,6 +233,18 @@ class AttnResPreTrainedModel(PreTrainedModel):
             else:
                 init.zeros_(module.query)
             init.ones_(module.key_norm)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in Transformers; `auto_map` names a class for every task, not only the saved one.
+
+        The code goes with the checkpoint, so any auto class can load it with `trust_remote_code=True`, as it can where
+        the package is installed: the base model alone, or another head on top of it.
+        """
+        if type(self).__module__ == __name__:  # a subclass from elsewhere brings its own file, not this one
+            module = __name__.rpartition(".")[-1]
+            names = {auto.__name__: f"{module}.{model.__name__}" for auto, model in AUTO_CLASSES.items()}
+            self.config.auto_map = (vars(self.config).get("auto_map") or {}) | names
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class AttnResModel(AttnResPreTrainedModel):
@@ -452,6 +476,20 @@ class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTra
 
 
 class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel): ...
+
+
+# Registered here, not by the package: a checkpoint's own copy of this file has to be as complete. (The generic heads
+# build their base model through `AutoModel`.)
+AUTO_CLASSES = {
+    AutoModel: AttnResModel,
+    AutoModelForCausalLM: AttnResForCausalLM,
+    AutoModelForQuestionAnswering: AttnResForQuestionAnswering,
+    AutoModelForSequenceClassification: AttnResForSequenceClassification,
+    AutoModelForTokenClassification: AttnResForTokenClassification,
+}
+for _auto_class, _model_class in AUTO_CLASSES.items():
+    _auto_class.register(AttnResConfig, _model_class)
+    _model_class.register_for_auto_class(_auto_class.__name__)
 
 
 __all__ = [
