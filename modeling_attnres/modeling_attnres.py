@@ -82,10 +82,8 @@ from .depth_attention_attnres import (
 # a plain PreNorm checkpoint loads with only those missing. The backbone's own mappings (experts...) apply below this.
 register_checkpoint_conversion_mapping(
     AttnResConfig.model_type,
-    [
-        WeightRenaming(r"^model\.(embed_tokens|layers|norm)\.", r"model.backbone.\1."),
-        WeightRenaming(r"^(embed_tokens|layers|norm)\.", r"backbone.\1."),
-    ],
+    # With and without a head on top; a prefix that is only looked at keeps the pattern reversible.
+    [WeightRenaming(r"(?:^|(?<=^model\.))(embed_tokens|layers|norm)\.", r"backbone.\1.")],
     overwrite=True,  # this code may be imported a second time, from a checkpoint's own copy
 )
 
@@ -475,7 +473,13 @@ class AttnResForSequenceClassification(GenericForSequenceClassification, AttnRes
 class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel): ...
 
 
-class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel): ...
+class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel):
+    # The generic head looks for `embed_tokens` right below its base model.
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
 
 
 # Registered here, not by the package: a checkpoint's own copy of this file has to be as complete. (The generic heads
