@@ -15,7 +15,8 @@
 
 from .checkpoint import CheckpointError, ConversionError
 from .convert import ConversionReport, convert
+from .dialects import DialectError
 from .parity import ParityError
 
 
-__all__ = ["CheckpointError", "ConversionError", "ConversionReport", "ParityError", "convert"]
+__all__ = ["CheckpointError", "ConversionError", "ConversionReport", "DialectError", "ParityError", "convert"]

@@ -20,6 +20,8 @@ from modeling_attnres import UnsupportedBackboneError
 
 from .checkpoint import ConversionError
 from .convert import DTYPES, ConversionReport, convert
+from .dialects import DIALECT_NAMES, DIALECTS
+from .targets import ATTNRES, PRENORM
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,6 +37,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--depth-weights", choices=["sum", "mean"], help="'sum' (default) is lossless, 'mean' the paper's"
     )
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument(
+        "--to-prenorm",
+        dest="to",
+        action="store_const",
+        const=PRENORM,
+        help="back to a dense model, exact where all queries are zero",
+    )
+    targets.add_argument("--to-dialect", dest="to", choices=list(DIALECTS), help="write another project's naming")
+    parser.add_argument(
+        "--dialect", choices=DIALECT_NAMES, help="what SOURCE is written in (default: found out from config and names)"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), help="cast the weights (default: as stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder at OUT")
     parser.add_argument("--no-check", dest="check", action="store_false", help="skip the comparison of logits")
@@ -47,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="REGEX",
         help="leave out source tensors of these names (repeatable); any other unknown tensor is an error",
     )
+    parser.set_defaults(to=ATTNRES)
     return parser
 
 

@@ -15,56 +15,32 @@
 
 On disk an AttnRes checkpoint is its backbone's checkpoint plus two small tensors, so a conversion checks that the
 backbone can carry depth attention, copies the weights shard by shard, adds the two tensors, config and code, and ends
-by comparing the logits of source and result.
+by comparing source and result.
 """
 
 import json
-import shutil
+import re
 import time
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
-from transformers.dynamic_module_utils import custom_object_save
+from transformers import AutoModelForCausalLM
 
 import modeling_attnres
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
 
-from .checkpoint import ConversionError, PickledTensor, StoredTensor, open_checkpoint
+from .checkpoint import ConversionError, open_checkpoint
+from .dialects import DIALECT_NAMES, DIALECTS, detect_dialect, read_dialect, refuse_foreign
 from .fetch import fetch_source
 from .model_card import write_model_card
-from .parity import ParityError, compare_logits, fixed_tokens, logits_of, tokenize
-from .source import (
-    DEPTH_KEY_NORM,
-    DEPTH_QUERY,
-    Source,
-    build_attnres_config,
-    check_backbone_tensors,
-    read_attnres,
-    read_prenorm,
-)
-from .writer import OutputShard, OutputTensor, check_output, check_space, put_in_place, workspace, write_shards
+from .parity import ParityError, check_finite, compare_logits, compare_sources, fixed_tokens, logits_of, tokenize
+from .source import Source, build_attnres_config, check_backbone_tensors, read_attnres, read_prenorm
+from .targets import ATTNRES, PRENORM, TARGETS, check_target, plan_weights, write_companions, write_config
+from .writer import OutputShard, check_output, check_space, put_in_place, workspace, write_shards
 
 
-# Files that come along: tokenizer, chat template, generation defaults, licence texts.
-COMPANIONS = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "*.model",
-    "*.tiktoken",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,10 +51,9 @@ class ConversionReport:
     Attributes:
         source_name, out_name: for the model card; the last part of a path.
         base_model: Hub id of the source, if it came from there.
-        source_kind: `"prenorm"`, `"attnres"`, or the name of a dialect.
-        target: `"attnres"`, `"prenorm"`, or the name of a dialect.
+        source_kind, target: `"prenorm"`, `"attnres"`, or the name of a dialect.
         model_type: of the backbone.
-        num_parameters: of the result, `parameters_added` of them depth attention.
+        num_parameters: of the result, `parameters_added` of them depth attention that the source did not have.
         weight_bytes: size of the result's tensors.
         dropped_keys: tensors of the source that the result leaves out.
         check: how the result was checked, in a sentence.
@@ -125,26 +100,31 @@ def convert(
     sublayers_per_block: int | None = None,
     depth_weights: str | None = None,
     dtype: str | torch.dtype | None = None,
+    to: str = ATTNRES,
+    dialect: str | None = None,
+    drop_keys: tuple[str, ...] = (),
     overwrite: bool = False,
     check: bool = True,
     check_text: str | None = None,
     dry_run: bool = False,
-    drop_keys: tuple[str, ...] = (),
 ) -> ConversionReport:
-    """Converts a checkpoint into an AttnRes checkpoint folder.
+    """Converts a checkpoint into an AttnRes checkpoint folder, or an AttnRes checkpoint into another form.
 
     Args:
         source: a checkpoint folder, a `.gguf` file, or a model id on the Hub.
         out: folder to create; complete when the call returns, untouched when it raises.
-        num_blocks, sublayers_per_block: as in [`AttnResConfig`]; at most one of them. Default: 8 blocks.
-        depth_weights: `"sum"` (default: with zero queries the result computes exactly what the source does) or
-            `"mean"` (the paper's form; equal up to the norms' epsilons).
+        num_blocks, sublayers_per_block: as in [`AttnResConfig`]; at most one of them. Default: 8 blocks for a PreNorm
+            model, unchanged for an AttnRes model.
+        depth_weights: `"sum"` (default for a PreNorm model: with zero queries the result computes exactly what the
+            source does) or `"mean"` (the paper's form; equal up to the norms' epsilons).
         dtype: `"float32"`, `"bfloat16"` or `"float16"`, to cast the weights to; by default they keep theirs.
-        overwrite: whether to replace a model folder at `out`.
-        check: whether to load both models back and compare their logits.
-        check_text: a text to compare them on, besides fixed token ids.
-        dry_run: whether to stop before anything is written.
+        to: `"attnres"`, `"prenorm"` (back to dense, for zero queries), or a dialect: `"kimi_k3"`, `"fla"`.
+        dialect: what the source is written in, if it should not be found out from its config and names.
         drop_keys: regular expressions of source tensors to leave out, where the backbone has no place for them.
+        overwrite: whether to replace a model folder at `out`.
+        check: whether to load source and result back and compare them.
+        check_text: a text to compare the logits on, besides fixed token ids.
+        dry_run: whether to stop before anything is written.
 
     Returns:
         The report, also written to `conversion_report.json`.
@@ -155,17 +135,19 @@ def convert(
     """
     started = time.monotonic()
     out = Path(out)
-    dtype = _as_dtype(dtype)
+    dtype = _check_arguments(dtype, to, dialect, drop_keys, num_blocks, sublayers_per_block, depth_weights)
     local = Path(source) if Path(source).exists() else None
     check_output(out, local if local is not None and local.is_dir() else None, overwrite)
     with workspace(out) as work:
         folder, base_model = fetch_source(source, work, dtype)
-        origin = read_source(folder, drop_keys)
+        origin = read_source(folder, dialect, drop_keys)
         config = build_attnres_config(origin, num_blocks, sublayers_per_block, depth_weights)
+        check_target(origin, to, config)
         model = check_backbone_tensors(origin, config)
         tokens = _check_inputs(folder, config, check_text) if check else {}
-        shards, config.dtype = plan_shards(origin, config, model, dtype)
-        report = _report(origin, config, shards, source_name=_name(source), out_name=out.name, base_model=base_model)
+        shards, config.dtype = plan_weights(origin, to, model, dtype)
+        report = _report(origin, to, config, shards, source_name=_name(source), out_name=out.name)
+        report.base_model = base_model
         check_space(work, report.weight_bytes)
         if dry_run:
             report.check = "Dry run: nothing was written."
@@ -174,26 +156,45 @@ def convert(
         result = work / "result"
         result.mkdir()
         write_shards(result, shards)
-        _write_companions(folder, result, origin.text_config)
-        _write_config_and_code(result, config, model)
+        write_companions(folder, result, origin.text_config)
+        write_config(result, origin, to, config, model, dtype)
         if check:
-            _compare(origin, result, config, tokens, report)
+            _check(origin, result, to, config, tokens, report)
         else:
             report.check = "Skipped on request (`--no-check`)."
         report.written, report.seconds = True, round(time.monotonic() - started, 2)
-        write_model_card(result, report, source_card=folder / "README.md")
+        if to == ATTNRES:
+            write_model_card(result, report, source_card=folder / "README.md")
         (result / "conversion_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         put_in_place(result, out)
     return report
 
 
-def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConversionError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+def _check_arguments(dtype, to, dialect, drop_keys, num_blocks, sublayers_per_block, depth_weights):
+    """Checks what can be checked without the source; returns the dtype as a `torch.dtype`."""
+    if to not in TARGETS:
+        raise ConversionError(f"`to` must be one of {', '.join(TARGETS)}, got {to!r}.")
+    if dialect is not None and dialect not in DIALECT_NAMES:
+        raise ConversionError(f"`dialect` must be one of {', '.join(DIALECT_NAMES)}, got {dialect!r}.")
+    if num_blocks is not None and sublayers_per_block is not None:
+        raise ConversionError(
+            "Give `num_blocks` or `sublayers_per_block`, not both: got "
+            f"num_blocks={num_blocks} and sublayers_per_block={sublayers_per_block}."
+        )
+    if to != ATTNRES and (num_blocks, sublayers_per_block, depth_weights) != (None, None, None):
+        raise ConversionError(
+            f"`to={to!r}` keeps the source's blocks: `num_blocks`, `sublayers_per_block` and `depth_weights` must not "
+            "be given."
+        )
+    for pattern in drop_keys:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConversionError(f"`drop_keys` must be regular expressions, got {pattern!r} ({error}).") from error
+    if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     if dtype is not None and dtype not in DTYPES.values():
-        raise ConversionError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype}.")
+        raise ConversionError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     return dtype
 
 
@@ -201,69 +202,29 @@ def _name(source: str | Path) -> str:
     return Path(source).resolve().name if Path(source).exists() else str(source)
 
 
-def read_source(folder: Path, drop_keys: tuple[str, ...]) -> Source:
-    """Reads a checkpoint folder as what its config says it is."""
+def read_source(folder: Path, dialect: str | None = None, drop_keys: tuple[str, ...] = ()) -> Source:
+    """Reads a checkpoint folder as what its config and tensor names say it is, or as the dialect that is named.
+
+    Raises:
+        ConversionError: if it is damaged, or in a convention that has no equal here.
+    """
+    if dialect is not None:
+        refuse_foreign(dialect)
     checkpoint = open_checkpoint(folder)
+    dialect = dialect or detect_dialect(checkpoint)
+    if dialect is not None:
+        refuse_foreign(dialect)
+        return read_dialect(checkpoint, DIALECTS[dialect], drop_keys)
     read = read_attnres if checkpoint.config.get("model_type") == AttnResConfig.model_type else read_prenorm
     return read(checkpoint, drop_keys)
 
 
-def plan_shards(
-    source: Source, config: AttnResConfig, model: AttnResForCausalLM, dtype: torch.dtype | None
-) -> tuple[list[OutputShard], torch.dtype]:
-    """The weight files of the result: the source's, and one more with the depth tensors.
-
-    Returns:
-        The files and the dtype of the model.
-    """
-    sizes = Counter()
-    for tensor in source.tensors.values():
-        sizes[tensor.dtype] += tensor.num_bytes
-    stored = source.text_config.dtype if source.text_config.dtype in sizes else sizes.most_common(1)[0][0]
-    model_dtype = dtype or stored
-    kept_in_fp32 = _kept_in_fp32(model)
-
-    shards = []
-    for (file, before), after in zip(source.checkpoint.shards.items(), source.shards, strict=True):
-        tensors = [_output_tensor(name, tensor, dtype, kept_in_fp32) for name, tensor in after]
-        unchanged = len(before) == len(after) and all(
-            isinstance(tensor, StoredTensor) and (tensor.name, tensor.dtype) == (output.name, output.dtype)
-            for (_, tensor), output in zip(after, tensors)
-        )
-        if tensors:
-            shards.append(OutputShard(tensors, copy_of=file if unchanged else None))
-    shape = (config.num_sublayers, config.text_config.hidden_size)
-    query = torch.zeros(shape) if source.query is None else source.query
-    key_norm = torch.ones(shape) if source.key_norm is None else source.key_norm
-    depth = [(DEPTH_QUERY, query.to(model_dtype)), (DEPTH_KEY_NORM, key_norm.to(model_dtype))]
-    shards.append(OutputShard([OutputTensor(name, model_dtype, shape, _constant(value)) for name, value in depth]))
-    return shards, model_dtype
-
-
-def _output_tensor(
-    name: str, tensor: StoredTensor | PickledTensor, dtype: torch.dtype | None, kept_in_fp32: set[str]
-) -> OutputTensor:
-    if dtype is None or tensor.dtype == dtype or kept_in_fp32 & set(name.split(".")):
-        return OutputTensor(name, tensor.dtype, tensor.shape, tensor.read)
-    return OutputTensor(name, dtype, tensor.shape, lambda: tensor.read().to(dtype))
-
-
-def _constant(value: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: value
-
-
-def _kept_in_fp32(model: AttnResForCausalLM) -> set[str]:
-    """Parts of parameter names that the backbone keeps in fp32 whatever the model's dtype."""
-    backbone = model.model.backbone
-    names = [backbone._keep_in_fp32_modules, backbone._keep_in_fp32_modules_strict]
-    return {name for group in names if group for name in group}
-
-
-def _report(source: Source, config: AttnResConfig, shards: list[OutputShard], **names) -> ConversionReport:
+def _report(source: Source, to: str, config: AttnResConfig, shards: list[OutputShard], **names) -> ConversionReport:
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     return ConversionReport(
+        base_model=None,
         source_kind=source.kind,
-        target="attnres",
+        target=to,
         model_type=config.text_config.model_type,
         num_sublayers=config.num_sublayers,
         sublayers_per_block=config.sublayers_per_block,
@@ -272,30 +233,11 @@ def _report(source: Source, config: AttnResConfig, shards: list[OutputShard], **
         queries_are_zero=source.queries_are_zero,
         dtype=str(config.dtype).removeprefix("torch."),
         num_parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
-        parameters_added=2 * config.num_sublayers * config.text_config.hidden_size if source.query is None else 0,
+        parameters_added=2 * config.num_sublayers * config.text_config.hidden_size if source.attnres is None else 0,
         weight_bytes=sum(shard.num_bytes for shard in shards),
         dropped_keys=list(source.dropped),
         **names,
     )
-
-
-def _write_companions(folder: Path, result: Path, config: PreTrainedConfig):
-    for pattern in COMPANIONS:
-        for file in folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, result / file.name)
-    if not (result / "generation_config.json").exists():
-        GenerationConfig.from_model_config(config).save_pretrained(result)
-
-
-def _write_config_and_code(result: Path, config: AttnResConfig, model: AttnResForCausalLM):
-    """Config, and the model's code beside it, so that the folder also loads where this package is not installed."""
-    config.architectures = [type(model).__name__]
-    config.text_config.dtype = config.dtype
-    custom_object_save(model, result, config=config)
-    base_model = type(model.model)
-    config.auto_map["AutoModel"] = f"{base_model.__module__.rsplit('.', 1)[-1]}.{base_model.__name__}"
-    config.save_pretrained(result)
 
 
 def _check_inputs(folder: Path, config: AttnResConfig, check_text: str | None) -> dict[str, torch.Tensor]:
@@ -305,18 +247,47 @@ def _check_inputs(folder: Path, config: AttnResConfig, check_text: str | None) -
     return inputs
 
 
-def _compare(
-    source: Source, result: Path, config: AttnResConfig, tokens: dict[str, torch.Tensor], report: ConversionReport
+def _check(
+    source: Source,
+    result: Path,
+    to: str,
+    config: AttnResConfig,
+    tokens: dict[str, torch.Tensor],
+    report: ConversionReport,
 ):
     """Loads source and result back, one after the other, and fills `check` and `parity` of the report."""
-    source_class = AutoModelForCausalLM if source.attnres is None else AttnResForCausalLM
-    before = logits_of(source.checkpoint.folder, config.dtype, source_class, tokens)
-    after = logits_of(result, config.dtype, AttnResForCausalLM, tokens)
-    report.parity = {name: compare_logits(before[name], after[name]).to_dict() for name in tokens}
-    report.check = f"Source and result were loaded in {report.dtype} and their logits compared."
-    difference = report.max_logit_difference
-    if config.depth_weights == "sum" and difference != 0.0:
-        raise ParityError(
-            f"The result's logits differ from the source's by up to {difference:.3g}, where 0.0 is due; nothing was "
-            "written."
+    scratch = result.parent
+    if source.kind in DIALECTS or to in DIALECTS:
+        compare_sources(source, read_source(result), config, cast_to=config.dtype)
+        ours = result if to == ATTNRES else source.checkpoint.folder
+        if to == ATTNRES or source.kind == ATTNRES:
+            check_finite(logits_of(ours, config.dtype, AttnResForCausalLM, tokens, scratch)[0])
+        report.check = (
+            "Every tensor of source and result was read back and compared bit for bit, and the blocks and conventions "
+            "with them. Logits were not compared: no library runs both."
         )
+        return
+    source_class, result_class = (
+        AttnResForCausalLM if is_attnres else AutoModelForCausalLM
+        for is_attnres in (source.attnres is not None, to == ATTNRES)
+    )
+    before, how = logits_of(source.checkpoint.folder, config.dtype, source_class, tokens, scratch)
+    after, _ = logits_of(result, config.dtype, result_class, tokens, scratch)
+    report.parity = {name: compare_logits(before[name], after[name]).to_dict() for name in tokens}
+    report.check = f"Source and result were loaded in {report.dtype}, {how}, and their logits compared."
+    if _must_be_exact(source, to, config) and report.max_logit_difference != 0.0:
+        raise ParityError(
+            f"The result's logits differ from the source's by up to {report.max_logit_difference:.3g}, where 0.0 is "
+            "due; nothing was written."
+        )
+
+
+def _must_be_exact(source: Source, to: str, config: AttnResConfig) -> bool:
+    """Equal conventions compute the same, and so do all zero-query models in the sum form and PreNorm models."""
+    if to == PRENORM:
+        return True
+    before = source.attnres
+    if before is None:
+        return config.depth_weights == "sum"
+    same = (before.sublayers_per_block, before.depth_weights) == (config.sublayers_per_block, config.depth_weights)
+    return same or before.depth_weights == config.depth_weights == "sum"

@@ -18,17 +18,26 @@ Letters: B batch, T tokens, V vocabulary.
 
 import gc
 import math
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .checkpoint import ConversionError
+from modeling_attnres import AttnResConfig
+
+from .checkpoint import ConversionError, shorten
+from .source import Source
 
 
 NUM_FIXED_TOKENS = 48
+ALIGNMENT_BYTES = 64
+# Twice this is in memory while a model is loaded whole: what fits beside the memory that writing a shard needs.
+WHOLE_MODEL_BYTES = 400_000_000
 
 
 class ParityError(ConversionError):
@@ -79,8 +88,7 @@ def compare_logits(source: torch.Tensor, result: torch.Tensor) -> Parity:
     Raises:
         ParityError: if the source's logits are not finite, which no comparison could prove anything about.
     """
-    if not source.isfinite().all():
-        raise ParityError("The source's own logits are not finite: its weights are damaged or of another dtype.")
+    check_finite({"source": source})
     source, result = source.double(), result.double()
     log_source, log_result = source.log_softmax(-1), result.log_softmax(-1)
     return Parity(
@@ -92,23 +100,103 @@ def compare_logits(source: torch.Tensor, result: torch.Tensor) -> Parity:
     )
 
 
-def load_for_comparison(folder: Path, dtype: torch.dtype, model_class: type) -> PreTrainedModel:
+def check_finite(logits: dict[str, torch.Tensor]):
+    """Raises `ParityError` if any of the logits is not finite: nothing could be proven with them."""
+    if not all(values.isfinite().all() for values in logits.values()):
+        raise ParityError("The source's own logits are not finite: its weights are damaged or of another dtype.")
+
+
+class _AlignedWeights(Mapping):
+    """Weights from disk, each at a cache line's start.
+
+    Memory-mapped tensors start at different alignments in different files, and the matrix product of the same numbers
+    then takes another path and differs in the last bits.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]):
+        self.weights = weights
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return _aligned(self.weights[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
+
+
+def load_for_comparison(
+    folder: Path, dtype: torch.dtype, model_class: type, offload_folder: Path | None
+) -> PreTrainedModel:
     """A model ready to be compared bit by bit.
 
-    The weights are cloned: memory-mapped tensors start at different alignments in different files, and the matrix
-    product of the same numbers then takes another path and differs in the last bits.
+    Args:
+        offload_folder: if given, the weights stay on disk and come into memory one submodule at a time; what the
+            library has to rearrange first (experts) is put there.
     """
-    model = model_class.from_pretrained(folder, dtype=dtype).eval()
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
+    if offload_folder is None:
+        model = model_class.from_pretrained(folder, dtype=dtype).eval()
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = _aligned(tensor.data)
+        return model
+    model = model_class.from_pretrained(
+        folder, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder
+    ).eval()
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if getattr(hook, "weights_map", None) is not None:
+            hook.weights_map = _AlignedWeights(hook.weights_map)
     return model
 
 
 @torch.no_grad()
-def logits_of(folder: Path, dtype: torch.dtype, model_class: type, inputs: dict[str, torch.Tensor]) -> dict:
-    """Logits `[1, T, V]` of the model in `folder` for each of `inputs` `[1, T]`."""
-    model = load_for_comparison(folder, dtype, model_class)
-    logits = {name: model(input_ids=tokens, use_cache=False).logits for name, tokens in inputs.items()}
-    del model
-    gc.collect()  # modules hold reference cycles, and the next model may be as large
-    return logits
+def logits_of(
+    folder: Path, dtype: torch.dtype, model_class: type, inputs: dict[str, torch.Tensor], scratch: Path
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Logits `[1, T, V]` of the model in `folder` for each of `inputs` `[1, T]`, and how it was loaded, in words.
+
+    Args:
+        scratch: an existing folder for temporary files.
+    """
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    whole = size <= WHOLE_MODEL_BYTES
+    with tempfile.TemporaryDirectory(dir=scratch) as offload_folder:
+        model = load_for_comparison(folder, dtype, model_class, None if whole else Path(offload_folder))
+        logits = {name: model(input_ids=tokens, use_cache=False).logits for name, tokens in inputs.items()}
+        del model
+        gc.collect()  # modules hold reference cycles, and the next model may be as large
+    how = "whole" if whole else f"one submodule at a time from disk ({size / 1e9:.1f} GB are too much to load)"
+    return logits, how
+
+
+def compare_sources(source: Source, result: Source, config: AttnResConfig, cast_to: torch.dtype):
+    """Compares two checkpoints in whatever dialects, tensor by tensor and with their conventions.
+
+    Args:
+        config: the conventions that the result must have.
+        cast_to: dtype that the result's tensors may have been cast to.
+
+    Raises:
+        ParityError: naming the first difference.
+    """
+    for name in ("sublayers_per_block", "depth_weights", "depth_norm_eps"):
+        due, found = getattr(config, name), getattr(result.attnres, name)
+        if due != found:
+            raise ParityError(f"The result reads back with {name}={found!r} where {due!r} is due.")
+    due, found = source.tensors, result.tensors
+    if due.keys() != found.keys():
+        raise ParityError(f"The result's tensors are not the source's: {shorten(sorted(due.keys() ^ found.keys()))}.")
+    pairs = [(name, tensor.read, found[name].read) for name, tensor in due.items()]
+    pairs += [("queries", lambda: source.query, lambda: result.query)]
+    pairs += [("key norms", lambda: source.key_norm, lambda: result.key_norm)]
+    for name, read_due, read_found in tqdm(pairs, desc="Comparing tensors"):
+        tensor, other = read_due(), read_found()
+        if other.dtype != tensor.dtype and other.dtype == cast_to:
+            tensor = tensor.to(cast_to)
+        if tensor.dtype != other.dtype or not torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)):
+            raise ParityError(f"'{name}' of the result is not the source's.")

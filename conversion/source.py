@@ -90,7 +90,7 @@ def read_prenorm(checkpoint: Checkpoint, drop_keys: tuple[str, ...] = ()) -> Sou
     """
     config = build_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     _check_not_quantised(checkpoint)
-    shards, dropped = _without(checkpoint, drop_keys)
+    shards, dropped = without_dropped(checkpoint, drop_keys)
     return Source("prenorm", checkpoint, config.get_text_config(), shards, dropped=dropped)
 
 
@@ -98,7 +98,7 @@ def read_attnres(checkpoint: Checkpoint, drop_keys: tuple[str, ...] = ()) -> Sou
     """A checkpoint of this package."""
     _check_not_quantised(checkpoint)
     config = build_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    shards, dropped = _without(checkpoint, drop_keys)
+    shards, dropped = without_dropped(checkpoint, drop_keys)
     stored = checkpoint.tensors
     missing = [name for name in (DEPTH_QUERY, DEPTH_KEY_NORM) if name not in stored]
     if missing:
@@ -114,7 +114,7 @@ def read_attnres(checkpoint: Checkpoint, drop_keys: tuple[str, ...] = ()) -> Sou
     return Source("attnres", checkpoint, config.text_config, shards, config, query, key_norm, dropped)
 
 
-def _without(checkpoint: Checkpoint, drop_keys: tuple[str, ...]):
+def without_dropped(checkpoint: Checkpoint, drop_keys: tuple[str, ...]):
     patterns = [re.compile(pattern) for pattern in drop_keys]
     dropped = [name for name in checkpoint.tensors if any(pattern.search(name) for pattern in patterns)]
     shards = [

@@ -1,0 +1,215 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a conversion writes: the weight files, config and code of its target."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from modeling_attnres import AttnResConfig, AttnResForCausalLM
+
+from .checkpoint import ConversionError, PickledTensor, StoredTensor
+from .dialects import DIALECTS, dialect_config, dialect_depth_tensors, to_dialect_names
+from .source import DEPTH_KEY_NORM, DEPTH_QUERY, Source
+from .writer import OutputShard, OutputTensor
+
+
+ATTNRES, PRENORM = "attnres", "prenorm"
+TARGETS = (ATTNRES, PRENORM, *DIALECTS)
+
+# Files that come along: tokenizer, chat template, generation defaults, licence texts.
+COMPANIONS = (
+    "tokenizer*",
+    "tokenization_*.py",
+    "*.model",
+    "*.tiktoken",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+_TOKENIZER_SAMPLE = "Attention over depth: 3 blocks,\n\tdeux requêtes; 深い残差 <|x|>"
+
+
+def check_target(source: Source, to: str, config: AttnResConfig):
+    """Checks that the source can become `to` without losing anything.
+
+    Raises:
+        ConversionError: with the reason, if it cannot.
+    """
+    if to == PRENORM:
+        if source.attnres is None:
+            raise ConversionError("`to='prenorm'` takes an AttnRes checkpoint, the source is a PreNorm model already.")
+        if not source.queries_are_zero:
+            trained = int(source.query.any(dim=-1).sum())
+            raise ConversionError(
+                f"A PreNorm model has no place for trained queries: {trained} of {len(source.query)} are not zero (the "
+                f"largest entry is {source.query.abs().max():.3g}), and what they learned would be lost."
+            )
+        if source.attnres.depth_weights != "sum":
+            raise ConversionError(
+                "Only a model with `depth_weights='sum'` computes exactly what its PreNorm backbone does; this one's "
+                f"is {source.attnres.depth_weights!r}."
+            )
+    elif to in DIALECTS:
+        if source.attnres is None:
+            raise ConversionError(f"`to={to!r}` takes an AttnRes checkpoint; convert the PreNorm model first.")
+        dialect_config(source, DIALECTS[to])
+    elif source.attnres is not None and not source.queries_are_zero:
+        for name in ("sublayers_per_block", "depth_weights"):
+            before, after = getattr(source.attnres, name), getattr(config, name)
+            if before != after:
+                raise ConversionError(
+                    f"`{name}` cannot change from {before!r} to {after!r}: the queries are trained, and they were "
+                    "trained for these sources. Only a model whose queries are all zero can be re-blocked."
+                )
+
+
+def plan_weights(
+    source: Source, to: str, model: AttnResForCausalLM, dtype: torch.dtype | None
+) -> tuple[list[OutputShard], torch.dtype]:
+    """The weight files of the result: the source's, and one more with the depth tensors where the target has them.
+
+    Args:
+        model: the result's model, on the meta device.
+        dtype: to cast the weights to, `None` to keep theirs.
+
+    Returns:
+        The files and the dtype of the model.
+    """
+    sizes = Counter()
+    for tensor in source.tensors.values():
+        sizes[tensor.dtype] += tensor.num_bytes
+    stored = source.text_config.dtype if source.text_config.dtype in sizes else sizes.most_common(1)[0][0]
+    kept_in_fp32 = _kept_in_fp32(model)
+    names = {name: name for name in source.tensors}
+    if to in DIALECTS:
+        names = to_dialect_names(DIALECTS[to], names, source.text_config.num_hidden_layers)
+
+    shards = []
+    for (file, before), after in zip(source.checkpoint.shards.items(), source.shards, strict=True):
+        tensors = [_output_tensor(names[name], name, tensor, dtype, kept_in_fp32) for name, tensor in after]
+        unchanged = len(before) == len(after) and all(
+            isinstance(tensor, StoredTensor) and (tensor.name, tensor.dtype) == (output.name, output.dtype)
+            for (_, tensor), output in zip(after, tensors)
+        )
+        if tensors:
+            shards.append(OutputShard(tensors, copy_of=file if unchanged else None))
+    depth = [] if to == PRENORM else _depth_tensors(source, to, model.config, dtype or stored)
+    if dtype is not None:
+        depth = [(name, value.to(dtype)) for name, value in depth]
+    if depth:
+        shards.append(
+            OutputShard(
+                [OutputTensor(name, value.dtype, tuple(value.shape), _constant(value)) for name, value in depth]
+            )
+        )
+    return shards, dtype or stored
+
+
+def _depth_tensors(source: Source, to: str, config: AttnResConfig, dtype: torch.dtype):
+    if to in DIALECTS:
+        return dialect_depth_tensors(source, DIALECTS[to])
+    if source.attnres is not None:
+        return [(DEPTH_QUERY, source.query), (DEPTH_KEY_NORM, source.key_norm)]
+    shape = (config.num_sublayers, config.text_config.hidden_size)
+    return [(DEPTH_QUERY, torch.zeros(shape, dtype=dtype)), (DEPTH_KEY_NORM, torch.ones(shape, dtype=dtype))]
+
+
+def _output_tensor(
+    new_name: str, name: str, tensor: StoredTensor | PickledTensor, dtype: torch.dtype | None, kept_in_fp32: set[str]
+) -> OutputTensor:
+    if dtype is None or tensor.dtype == dtype or kept_in_fp32 & set(name.split(".")):
+        return OutputTensor(new_name, tensor.dtype, tensor.shape, tensor.read)
+    return OutputTensor(new_name, dtype, tensor.shape, lambda: tensor.read().to(dtype))
+
+
+def _constant(value: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: value
+
+
+def _kept_in_fp32(model: AttnResForCausalLM) -> set[str]:
+    """Parts of parameter names that the backbone keeps in fp32 whatever the model's dtype."""
+    backbone = model.model.backbone
+    groups = [backbone._keep_in_fp32_modules, backbone._keep_in_fp32_modules_strict]
+    return {name for group in groups if group for name in group}
+
+
+# --- Everything but the weights --------------------------------------------------------------------------------------
+
+
+def write_config(
+    result: Path, source: Source, to: str, config: AttnResConfig, model: AttnResForCausalLM, dtype: torch.dtype | None
+):
+    """Writes `config.json`; for an AttnRes model also its code, so that the folder loads without this package.
+
+    Args:
+        dtype: that the weights were cast to, if they were.
+    """
+    if dtype is not None:
+        config.text_config.dtype = source.text_config.dtype = dtype
+    if to == PRENORM:
+        source.text_config.save_pretrained(result)
+    elif to in DIALECTS:
+        fields = dialect_config(source, DIALECTS[to])
+        (result / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    else:
+        config.architectures = [type(model).__name__]
+        custom_object_save(model, result, config=config)
+        base_model = type(model.model)
+        config.auto_map["AutoModel"] = f"{base_model.__module__.rsplit('.', 1)[-1]}.{base_model.__name__}"
+        config.save_pretrained(result)
+
+
+def write_companions(folder: Path, result: Path, config: PreTrainedConfig):
+    """Copies tokenizer, generation defaults and licence texts.
+
+    Raises:
+        ConversionError: if the tokenizer that works in the source does not work the same in the result.
+    """
+    for pattern in COMPANIONS:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, result / file.name)
+    if not (result / "generation_config.json").exists():
+        GenerationConfig.from_model_config(config).save_pretrained(result)
+    if not any(result.glob("tokenizer*")):
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        expected = tokenizer(_TOKENIZER_SAMPLE).input_ids
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return  # the source's files do not load here (custom code, a missing dependency): they come along as they are
+    # Without `tokenizer_class` in its config, the class of a tokenizer follows from the model type, which changes.
+    if _encode(result) != expected:
+        tokenizer.save_pretrained(result)
+        if _encode(result) != expected:
+            raise ConversionError("The source's tokenizer works otherwise beside the result's config; report this.")
+
+
+def _encode(folder: Path) -> list[int] | None:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(_TOKENIZER_SAMPLE).input_ids
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
