@@ -14,32 +14,43 @@
 """`attnres-bench`: the cost of attention over depth beside the PreNorm base and the paper's Figure 2."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
-from .counting import operations_per_sublayer, prefill_peak_bytes, saved_for_backward
 from .models import DTYPES, PRESETS, VARIANTS, Lineup, build_lineup, check_equality
-from .report import environment, format_table, write_csv, write_json
-from .timing import Timing, ratio, time_decode, time_prefill, time_training
+from .plots import plot_sweep
+from .published import GROUPS, SHAPE, Figure, measure
+from .report import count_rows, environment, format_table, timing_rows, write_csv, write_json
+from .timing import time_compiled, time_decode, time_prefill, time_training
 
 
-MODES = ("prefill", "decode", "train", "counts")
+DEFAULT_ROUNDS = {"prefill": 9, "decode": 150, "train": 9, "compiled": 15, "counts": 1}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="attnres-bench", description=__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), default="135M", help="shape of the backbone")
-    parser.add_argument("--mode", choices=MODES, nargs="+", default=["prefill"])
+    parser.add_argument("--mode", choices=list(DEFAULT_ROUNDS), nargs="+", default=["prefill"])
     parser.add_argument("--variants", choices=list(VARIANTS), nargs="+", default=["figure2", "block", "block-sum"])
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--batch", type=_positive, default=1)
     parser.add_argument("--tokens", type=_positive, default=512, help="prompt, sequence or KV cache length")
-    parser.add_argument("--rounds", type=_positive, default=None, help="default: 9, or 150 tokens of decode")
+    parser.add_argument("--rounds", type=_positive, default=None, help=f"default by mode: {DEFAULT_ROUNDS}")
     parser.add_argument("--threads", type=_positive, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=None, help="folder for results.json and results.csv")
+    parser.add_argument(
+        "--published",
+        nargs="*",
+        choices=list(GROUPS),
+        default=None,
+        metavar="GROUP",
+        help=f"measure the published set, or groups of it ({', '.join(GROUPS)}), beside its bars; other options but "
+        "--threads and --output are then its own",
+    )
+    parser.add_argument("--output", type=Path, default=None, help="folder for JSON, CSV and plots")
     return parser
 
 
@@ -50,77 +61,62 @@ def _positive(text: str) -> int:
     return value
 
 
-def timing_rows(case: str, timings: dict[str, Timing]) -> list[dict]:
-    """One row per variant: medians, and median and quartiles of its ratios to the base and to Figure 2."""
-    rows = []
-    for name, timing in timings.items():
-        to_base, to_base_wall = ratio(timing, timings["base"]), ratio(timing, timings["base"], "wall")
-        to_figure2 = ratio(timing, timings["figure2"]).median if "figure2" in timings else None
-        rows.append(
-            {
-                "case": case,
-                "variant": name,
-                "cpu ms": 1e3 * timing.median_cpu,
-                "wall ms": 1e3 * timing.median_wall,
-                "/ base": to_base.median,
-                "low": to_base.low,
-                "high": to_base.high,
-                "/ base (wall)": to_base_wall.median,
-                "/ Figure 2": to_figure2,
-            }
-        )
-    return rows
-
-
-def count_rows(lineup: Lineup, tokens: int, batch: int) -> list[dict]:
-    """One row per variant: operations a sublayer, bytes kept for backward, peak bytes of prefill and training."""
-    rows, base = [], None
-    for name, model in lineup.models.items():
-        operations = operations_per_sublayer(lineup, name)
-        kept = saved_for_backward(lineup, name, tokens, batch)
-        peak = prefill_peak_bytes(lineup, name, tokens, batch)
-        base = base or (kept, peak)
-        rows.append(
-            {
-                "variant": name,
-                "operations": operations.compute,
-                "views": operations.views,
-                "saved / base": kept.saved / base[0].saved,
-                "retained / base": kept.retained / base[0].retained,
-                "prefill peak MB": peak / 2**20,
-                "peak / base": peak / base[1],
-            }
-        )
-    return rows
-
-
 def main(argv: list[str] | None = None):
     arguments = build_parser().parse_args(argv)
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
+    run_published(arguments) if arguments.published is not None else run_case(arguments)
+
+
+def run_published(arguments: argparse.Namespace):
+    """Measures the published set, prints it beside its bars and writes it to `--output`."""
+    groups = arguments.published or list(GROUPS)
+
+    def report(figures: list[Figure]):
+        print(format_table([figure.row() for figure in figures]), end="\n\n", flush=True)
+
+    figures, raw = measure(groups, report)
+    rows = [figure.row() for figure in figures]
+    print(format_table(rows))
+    if arguments.output is None:
+        return
+    write_csv(arguments.output / "published.csv", rows)
+    seconds = {case: {name: asdict(timing) for name, timing in timings.items()} for case, timings in raw.items()}
+    write_json(
+        arguments.output / "published.json",
+        {"environment": environment(arguments.threads), "rows": rows, "seconds": seconds},
+    )
+    if "mixer" in groups:
+        plot_sweep(raw, arguments.output / "mixer.png", SHAPE.num_sublayers, SHAPE.sublayers_per_block)
+
+
+def run_case(arguments: argparse.Namespace):
+    """Measures one shape, dtype, batch and length in the chosen modes."""
     lineup = build_lineup(PRESETS[arguments.preset], arguments.variants, DTYPES[arguments.dtype], seed=arguments.seed)
-    for model in lineup.models.values():
-        model.eval()
     errors = check_equality(lineup)
     print("equality gate passed:", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
 
     results: dict = {"environment": environment(arguments.threads), "equality": errors}
     name = f"{arguments.preset} {arguments.dtype} b{arguments.batch} t{arguments.tokens}"
-    timers = {"prefill": (time_prefill, 9), "decode": (time_decode, 150), "train": (time_training, 9)}
     for mode in arguments.mode:
-        if mode == "counts":
-            rows = count_rows(lineup, arguments.tokens, arguments.batch)
-        else:
-            timer, rounds = timers[mode]
-            timings = timer(
-                lineup, arguments.batch, arguments.tokens, arguments.rounds or rounds, description=f"{mode} {name}"
-            )
-            rows = timing_rows(f"{mode} {name}", timings)
+        rows = _run_mode(mode, lineup, arguments, name)
         print(format_table(rows), end="\n\n", flush=True)
         results[mode] = rows
         if arguments.output is not None:
             write_csv(arguments.output / f"{mode}.csv", rows)
             write_json(arguments.output / "results.json", results)
+
+
+def _run_mode(mode: str, lineup: Lineup, arguments: argparse.Namespace, name: str) -> list[dict]:
+    batch, tokens = arguments.batch, arguments.tokens
+    rounds = arguments.rounds or DEFAULT_ROUNDS[mode]
+    if mode == "counts":
+        return count_rows(lineup, tokens, batch)
+    if mode == "compiled":
+        prefill, decode = time_compiled(lineup, batch, tokens, rounds, name)
+        return [*timing_rows(f"compiled prefill {name}", prefill), *timing_rows(f"compiled decode {name}", decode)]
+    timer = {"prefill": time_prefill, "decode": time_decode, "train": time_training}[mode]
+    return timing_rows(f"{mode} {name}", timer(lineup, batch, tokens, rounds, description=f"{mode} {name}"))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_attnres import BlockSummaries
 
-from .models import Lineup, Shape, build_lineup
+from .models import VARIANTS, Lineup, Shape, build_lineup, random_tokens
 
 
 # Not views, but nothing is computed either.
@@ -73,9 +72,9 @@ def operations_per_sublayer(lineup: Lineup, variant: str, tokens: int = 8, past:
         with torch.no_grad():
             cache = None
             if past:
-                cache = model(input_ids=_tokens(lineup.shape, past), use_cache=True).past_key_values
+                cache = model(input_ids=random_tokens(lineup.shape, 1, past), use_cache=True).past_key_values
             with OperationCounter() as counter:
-                model(input_ids=_tokens(lineup.shape, tokens), past_key_values=cache, use_cache=True)
+                model(input_ids=random_tokens(lineup.shape, 1, tokens), past_key_values=cache, use_cache=True)
         counts[name] = counter
     layers = lineup.shape.num_sublayers
     base, ours = counts["base"], counts[variant]
@@ -93,8 +92,9 @@ class SavedBytes:
     """Bytes that a forward leaves for its backward.
 
     Attributes:
-        saved: bytes of the distinct storages packed by `saved_tensors_hooks`, parameters excluded.
-        retained: bytes allocated during the forward and still allocated while its graph is held, whoever holds them.
+        saved: bytes of the distinct storages packed by `saved_tensors_hooks` or held by the bank of block summaries,
+            parameters excluded.
+        retained: bytes allocated during the forward and not given back while its graph is held, whoever holds them.
     """
 
     saved: int
@@ -102,8 +102,12 @@ class SavedBytes:
 
 
 def saved_for_backward(lineup: Lineup, variant: str, tokens: int, batch: int = 1) -> SavedBytes:
-    """Runs a forward with gradients (no loss: the logits are the base's affair) and measures what it keeps."""
-    model = lineup.models[variant]
+    """Runs a forward with gradients (no loss: its share is the base's affair) and measures what it keeps."""
+    model, input_ids = lineup.models[variant], random_tokens(lineup.shape, batch, tokens)
+    arguments, bank = {"input_ids": input_ids, "use_cache": False}, None
+    if VARIANTS.get(variant, ("base",))[0] == "attnres":
+        # Backward reads the bank too, and the hooks do not see that.
+        bank = arguments["block_summaries"] = BlockSummaries()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -113,14 +117,15 @@ def saved_for_backward(lineup: Lineup, variant: str, tokens: int, batch: int = 1
             storages[storage.data_ptr()] = storage
         return tensor
 
-    input_ids = _tokens(lineup.shape, tokens, batch)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = model(input_ids=input_ids, use_cache=False)
+        outputs = model(**arguments)
+    if bank is not None:
+        storages |= bank_storages(bank)
     saved = sum(storage.nbytes() for storage in storages.values())
     del outputs
     storages.clear()
     held = []
-    _, retained = allocated_bytes(lambda: held.append(model(input_ids=input_ids, use_cache=False).logits))
+    _, retained = allocated_bytes(lambda: held.append(model(**arguments).logits))
     return SavedBytes(saved, retained)
 
 
@@ -142,27 +147,27 @@ def allocated_bytes(action: Callable[[], object]) -> tuple[int, int]:
 
 def prefill_peak_bytes(lineup: Lineup, variant: str, tokens: int, batch: int = 1) -> int:
     """Peak bytes allocated by a prefill, its KV cache included, the model's parameters not."""
-    model, input_ids = lineup.models[variant], _tokens(lineup.shape, tokens, batch)
+    model, input_ids = lineup.models[variant], random_tokens(lineup.shape, batch, tokens)
     with torch.inference_mode():
         peak, _ = allocated_bytes(lambda: model(input_ids=input_ids, use_cache=True, logits_to_keep=1))
     return peak
 
 
-def bank_bytes(bank: BlockSummaries) -> int:
-    """Bytes of the distinct storages that a bank of block summaries holds."""
+def bank_storages(bank: BlockSummaries) -> dict[int, torch.UntypedStorage]:
+    """The distinct storages that a bank of block summaries holds, by address."""
     storages = {}
     for value in vars(bank).values():
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(tensor, torch.Tensor):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
+            if isinstance(tensor, torch.Tensor) and tensor.dim():  # a scalar stands in for the bank in autograd
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    return storages
 
 
 def chunked_summaries_bytes(shape: Shape, tokens: int, chunk: int, depth_weights: str = "mean") -> int:
     """Largest size of the bank of block summaries while `tokens` are prefilled in chunks of `chunk`."""
     variant = "block" if depth_weights == "mean" else "block-sum"
     model = build_lineup(shape, [variant]).models[variant]
-    input_ids = _tokens(shape, tokens)
+    input_ids = random_tokens(shape, 1, tokens)
     bank, cache, peak = BlockSummaries(), None, 0
     with torch.no_grad():
         for step in range(math.ceil(tokens / chunk)):
@@ -171,9 +176,5 @@ def chunked_summaries_bytes(shape: Shape, tokens: int, chunk: int, depth_weights
                 input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1, block_summaries=bank
             )
             cache = outputs.past_key_values
-            peak = max(peak, bank_bytes(bank))
+            peak = max(peak, sum(storage.nbytes() for storage in bank_storages(bank).values()))
     return peak
-
-
-def _tokens(shape: Shape, tokens: int, batch: int = 1) -> torch.Tensor:
-    return torch.randint(shape.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(tokens))

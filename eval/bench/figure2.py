@@ -99,6 +99,7 @@ class Figure2ForCausalLM(nn.Module):
         sums_to_n: bool = False,
     ):
         super().__init__()
+        self.config = base.config
         self.base, self.query, self.key_norm = base, query, key_norm
         self.eps, self.sublayers_per_block, self.sums_to_n = eps, sublayers_per_block, sums_to_n
 

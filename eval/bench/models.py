@@ -124,6 +124,8 @@ def build_lineup(
     query = nn.Parameter((torch.randn(size) * query_std).to(dtype))
     key_norm = nn.Parameter((1 + 0.1 * torch.randn(size)).to(dtype))
     models = {"base": base, **{name: _variant(base, shape, name, query, key_norm) for name in variants}}
+    for model in models.values():
+        model.eval()
     return Lineup(shape, models, query, key_norm)
 
 
@@ -146,10 +148,15 @@ def _variant(base, shape: Shape, name: str, query: nn.Parameter, key_norm: nn.Pa
     # With `assign` the parameters themselves are shared, not copied: every variant reads the same memory.
     model.load_state_dict(state, assign=True)
     model.model.backbone.rotary_emb = base.model.rotary_emb
-    return model.train(base.training)
+    return model
 
 
-def check_equality(lineup: Lineup, tokens: int = 16, seed: int = 0) -> dict[str, float]:
+def random_tokens(shape: Shape, batch: int, tokens: int) -> torch.Tensor:
+    """`[B, T]` token ids, always the same."""
+    return torch.randint(shape.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def check_equality(lineup: Lineup, tokens: int = 16) -> dict[str, float]:
     """The equality gate: every variant must compute what Figure 2 does, as exactly as Figure 2 does.
 
     The reference is Figure 2 in fp64. A variant's error (largest difference of a logit over the largest logit) may be
@@ -161,14 +168,13 @@ def check_equality(lineup: Lineup, tokens: int = 16, seed: int = 0) -> dict[str,
         tokens: length of the sequence compared.
 
     Returns:
-        The error of each variant and, as `"figure2 (S=...)"`, of Figure 2 itself.
+        The error of each variant, Figure 2 itself among them.
 
     Raises:
         EqualityGateError: naming the variant, its error and the tolerance.
     """
     shape, base = lineup.shape, lineup.models["base"]
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(shape.vocab_size, (1, tokens), generator=generator)
+    input_ids = random_tokens(shape, 1, tokens)
     base64 = copy.deepcopy(base).double()
     errors: dict[str, float] = {}
     for name, model in lineup.models.items():

@@ -27,6 +27,10 @@ import transformers
 
 import modeling_attnres
 
+from .counting import operations_per_sublayer, prefill_peak_bytes, saved_for_backward
+from .models import Lineup
+from .timing import Timing, ratio
+
 
 def environment(threads: int) -> dict[str, str | int]:
     """What the figures depend on besides the code."""
@@ -50,6 +54,54 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def timing_rows(case: str, timings: dict[str, Timing]) -> list[dict]:
+    """One row per variant: medians, and its ratios to the base and to Figure 2.
+
+    Ratios are medians over the rounds (`low` and `high` are their quartiles); `fastest` compares the fastest rounds.
+    """
+    rows = []
+    for name, timing in timings.items():
+        to_base, to_base_wall = ratio(timing, timings["base"]), ratio(timing, timings["base"], "wall")
+        to_figure2 = ratio(timing, timings["figure2"]).median if "figure2" in timings else None
+        rows.append(
+            {
+                "case": case,
+                "variant": name,
+                "cpu ms": 1e3 * timing.quartiles("cpu")[1],
+                "wall ms": 1e3 * timing.quartiles("wall")[1],
+                "/ base": to_base.median,
+                "low": to_base.low,
+                "high": to_base.high,
+                "fastest": min(timing.cpu) / min(timings["base"].cpu),
+                "/ base (wall)": to_base_wall.median,
+                "/ Figure 2": to_figure2,
+            }
+        )
+    return rows
+
+
+def count_rows(lineup: Lineup, tokens: int, batch: int) -> list[dict]:
+    """One row per variant: operations a sublayer, bytes kept for backward, peak bytes of prefill and training."""
+    rows, base = [], None
+    for name in lineup.models:
+        operations = operations_per_sublayer(lineup, name)
+        kept = saved_for_backward(lineup, name, tokens, batch)
+        peak = prefill_peak_bytes(lineup, name, tokens, batch)
+        base = base or (kept, peak)
+        rows.append(
+            {
+                "variant": name,
+                "operations": operations.compute,
+                "views": operations.views,
+                "saved / base": kept.saved / base[0].saved,
+                "retained / base": kept.retained / base[0].retained,
+                "prefill peak MB": peak / 2**20,
+                "peak / base": peak / base[1],
+            }
+        )
+    return rows
 
 
 def format_table(rows: Sequence[dict]) -> str:

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
+from transformers import Cache, StaticCache
 
-from modeling_attnres import BlockSummaries, attention_residuals
+from modeling_attnres import AttnResConfig, BlockSummaries, attention_residuals
 
 from .figure2 import figure2_stack
-from .models import Lineup
+from .models import EqualityGateError, Lineup, random_tokens
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,9 @@ class Timing:
     cpu: list[float]
     wall: list[float]
 
-    @property
-    def median_cpu(self) -> float:
-        return statistics.median(self.cpu)
-
-    @property
-    def median_wall(self) -> float:
-        return statistics.median(self.wall)
+    def quartiles(self, clock: str) -> tuple[float, float, float]:
+        """Lower quartile, median and upper quartile; `clock` is `"cpu"` (process time) or `"wall"`."""
+        return _quartiles(getattr(self, clock))
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,15 @@ class Ratio:
 def ratio(timing: Timing, reference: Timing, clock: str = "cpu") -> Ratio:
     """How much longer than `reference` a variant took; `clock` is `"cpu"` (process time) or `"wall"`."""
     pairs = zip(getattr(timing, clock), getattr(reference, clock), strict=True)
-    values = [mine / other for mine, other in pairs]
-    if len(values) == 1:
-        return Ratio(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    low, median, high = _quartiles([mine / other for mine, other in pairs])
     return Ratio(median, low, high)
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
 
 
 def take_turns(
@@ -111,12 +112,12 @@ def take_turns(
 
 def time_prefill(lineup: Lineup, batch: int, tokens: int, rounds: int, description: str = "") -> dict[str, Timing]:
     """Prefill as `generate` does it: a fresh KV cache, logits of the last token only."""
-    input_ids = _tokens(lineup, batch, tokens)
+    input_ids = random_tokens(lineup.shape, batch, tokens)
     actions = {
         name: lambda model=model: model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
         for name, model in lineup.models.items()
     }
-    with torch.inference_mode():
+    with torch.no_grad():
         return take_turns(actions, rounds, description=description)
 
 
@@ -124,23 +125,84 @@ def time_decode(
     lineup: Lineup, batch: int, past: int, rounds: int, warmup: int = 10, description: str = ""
 ) -> dict[str, Timing]:
     """One token per variant and round on a KV cache that starts at `past` tokens: all decode the same positions."""
-    prompt, token = _tokens(lineup, batch, past), _tokens(lineup, batch, 1)
-    with torch.inference_mode():
-        actions = {name: _decoder(model, prompt, token) for name, model in lineup.models.items()}
+    prompt, token = random_tokens(lineup.shape, batch, past), random_tokens(lineup.shape, batch, 1)
+    actions = {}
+    with torch.no_grad():
+        for name, model in lineup.models.items():
+            cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+            actions[name] = _step(model, token, cache)
         return take_turns(actions, rounds, warmup=warmup, description=description)
 
 
-def _decoder(model, prompt: torch.Tensor, token: torch.Tensor) -> Callable[[], object]:
-    cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
-    arguments = {"input_ids": token, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    if hasattr(model, "config") and model.config.model_type == "attnres":
-        arguments["block_summaries"] = BlockSummaries()  # as `generate` does
+def time_compiled(
+    lineup: Lineup, batch: int, tokens: int, rounds: int, description: str = ""
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Prefill and decode of every model under `torch.compile(fullgraph=True)` with a static KV cache.
+
+    Returns:
+        Timings of prefill and of decode.
+
+    Raises:
+        EqualityGateError: if a compiled model does not give the logits of its eager self.
+    """
+    rounds_of_decode, warmup = 10 * rounds, 10
+    prompt, token = random_tokens(lineup.shape, batch, tokens), random_tokens(lineup.shape, batch, 1)
+    prefills, decodes, caches = {}, {}, []
+    with torch.no_grad():
+        for name, model in tqdm(lineup.models.items(), desc="compiling", leave=False):
+            cache = _static_cache(lineup, batch, tokens + rounds_of_decode + warmup + 1)
+            caches.append(cache)
+            # The model's own code is compiled, not the wrapper: one graph for the prompt's length, one for one token.
+            compiled = torch.compile(model, fullgraph=True, dynamic=False)
+            prefills[name], decodes[name] = _step(compiled, prompt, cache), _step(compiled, token, cache)
+            _check_compiled(name, prefills[name]().logits, model(input_ids=prompt, logits_to_keep=1).logits)
+            decodes[name]()
+
+        def empty_caches():
+            for cache in caches:
+                cache.reset()
+
+        empty_caches()
+        prefill = take_turns(prefills, rounds, after=empty_caches, description=f"prefill {description}")
+        for step in prefills.values():
+            step()
+        decode = take_turns(decodes, rounds_of_decode, warmup=warmup, description=f"decode {description}")
+    return prefill, decode
+
+
+def _step(model, input_ids: torch.Tensor, cache: Cache) -> Callable[[], object]:
+    arguments = {"input_ids": input_ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    if model.config.model_type == AttnResConfig.model_type:
+        arguments["block_summaries"] = BlockSummaries()  # `generate` keeps one for all its steps
     return lambda: model(**arguments)
+
+
+def _static_cache(lineup: Lineup, batch: int, length: int) -> StaticCache:
+    base = lineup.models["base"]
+    cache = StaticCache(config=base.config, max_cache_len=length)
+    cache.early_initialization(
+        batch_size=batch,
+        num_heads=base.config.num_key_value_heads,
+        head_dim=base.config.head_dim,
+        dtype=base.dtype,
+        device=base.device,
+    )
+    return cache
+
+
+def _check_compiled(name: str, logits: torch.Tensor, eager: torch.Tensor):
+    # Fused kernels round elsewhere; in a random model that grows to a few hundred units in the last place.
+    tolerance = 500 * torch.finfo(eager.dtype).eps if eager.dtype == torch.float32 else 0.1
+    error = ((logits - eager).abs().max() / eager.abs().max()).item()
+    if not error <= tolerance:
+        raise EqualityGateError(
+            f"Compiled, '{name}' is {error:.2e} away from its eager logits, more than the tolerance {tolerance:.2e}."
+        )
 
 
 def time_training(lineup: Lineup, batch: int, tokens: int, rounds: int, description: str = "") -> dict[str, Timing]:
     """Forward, loss and backward; clearing the gradients is off the clock."""
-    input_ids = _tokens(lineup, batch, tokens)
+    input_ids = random_tokens(lineup.shape, batch, tokens)
 
     def clear():
         for parameter in (*lineup.models["base"].parameters(), lineup.query, lineup.key_norm):
@@ -186,10 +248,5 @@ def time_mixers(
     actions = {form: lambda form=form: attention_residuals(*arguments, form) for form in depth_weights}
     if figure2:
         actions["figure2"] = lambda: figure2_stack(*arguments)
-    with torch.inference_mode():
+    with torch.no_grad():
         return take_turns(actions, rounds, warmup=2, description=description)
-
-
-def _tokens(lineup: Lineup, batch: int, tokens: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(tokens)
-    return torch.randint(lineup.shape.vocab_size, (batch, tokens), generator=generator)

@@ -1,0 +1,63 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures of a sweep: cost of depth attention against tokens, blocks and depth."""
+
+from pathlib import Path
+
+from .timing import Timing
+
+
+AXES = {"T": "tokens T", "N": "blocks N (L = {L})", "L": "sublayers L (S = {S})"}
+CURVES = {
+    "mean": ("two-phase, mean", "C0", "o"),
+    "sum": ("two-phase, sum", "C2", "s"),
+    "figure2": ("Figure 2", "C3", "^"),
+}
+
+
+def plot_sweep(timings: dict[str, dict[str, Timing]], path: Path, num_sublayers: int, sublayers_per_block: int):
+    """Three log-log panels of CPU milliseconds per forward: medians, with quartiles as a band.
+
+    Args:
+        timings: from `published.sweep_mixers`.
+        path: the PNG to write.
+        num_sublayers, sublayers_per_block: what the sweep held fixed, for the labels.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(AXES), figsize=(12, 4), sharey=True)
+    for panel, (axis, label) in zip(panels, AXES.items()):
+        cases = {
+            int(name.partition("=")[2]): case for name, case in timings.items() if name.startswith(f"mixer {axis}=")
+        }
+        for form, (title, colour, marker) in CURVES.items():
+            quartiles = [cases[value][form].quartiles("cpu") for value in cases]
+            low, median, high = ([1e3 * entry[part] for entry in quartiles] for part in range(3))
+            panel.plot(list(cases), median, color=colour, marker=marker, label=title)
+            panel.fill_between(list(cases), low, high, color=colour, alpha=0.2, linewidth=0)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(list(cases), [str(value) for value in cases])
+        panel.minorticks_off()
+        panel.set_xlabel(label.format(L=num_sublayers, S=sublayers_per_block))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("depth attention, CPU ms per forward")
+    panels[0].legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
