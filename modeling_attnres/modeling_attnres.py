@@ -239,9 +239,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         the package is installed: the base model alone, or another head on top of it.
         """
         if type(self).__module__ == __name__:  # a subclass from elsewhere brings its own file, not this one
-            module = __name__.rpartition(".")[-1]
-            names = {auto.__name__: f"{module}.{model.__name__}" for auto, model in AUTO_CLASSES.items()}
-            self.config.auto_map = (vars(self.config).get("auto_map") or {}) | names
+            self.config.auto_map = (vars(self.config).get("auto_map") or {}) | auto_map()
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -494,6 +492,12 @@ AUTO_CLASSES = {
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class)
     _model_class.register_for_auto_class(_auto_class.__name__)
+
+
+def auto_map() -> dict[str, str]:
+    """The classes in `AUTO_CLASSES`, as the `auto_map` of a checkpoint that carries this file names them."""
+    module = __name__.rpartition(".")[-1]
+    return {auto.__name__: f"{module}.{model.__name__}" for auto, model in AUTO_CLASSES.items()}
 
 
 __all__ = [
