@@ -42,13 +42,13 @@ def expression(rng: random.Random) -> tuple[str, int]:
 
 
 def expressions(item_seed: int = 0, **_) -> dict[str, Dataset]:
-    """Documents of `question` and `answer`; the full stop in the answer ends it, so that 12 is not a right 123."""
+    """Documents of `question` and `answer`; the full stop ends an answer, so that 12 is not a right 123."""
     rng = random.Random(f"expressions {item_seed}")
     seen: dict[str, int] = {}
     while len(seen) < ARITHMETIC_ITEMS + SHOTS:
         question, value = expression(rng)
         seen[question] = value
-    documents = [{"question": f"Q: {text}\nA:", "answer": f"{value}."} for text, value in seen.items()]
+    documents = [{"question": f"Q: {text}\nA:", "answer": f" {value}."} for text, value in seen.items()]
     return {"examples": Dataset.from_list(documents[:SHOTS]), "test": Dataset.from_list(documents[SHOTS:])}
 
 
@@ -83,7 +83,5 @@ def story(rng: random.Random, steps: int) -> dict:
 def stories(item_seed: int = 0, **_) -> dict[str, Dataset]:
     """Documents of `question`, `solution`, `answer` and `steps` (2, 3 or 4, in turn)."""
     rng = random.Random(f"stories {item_seed}")
-    documents = [
-        {**story(rng, steps=2 + index % 3), "steps": 2 + index % 3} for index in range(STORY_ITEMS + SHOTS)
-    ]
+    documents = [{**story(rng, steps=2 + index % 3), "steps": 2 + index % 3} for index in range(STORY_ITEMS + SHOTS)]
     return {"examples": Dataset.from_list(documents[:SHOTS]), "test": Dataset.from_list(documents[SHOTS:])}

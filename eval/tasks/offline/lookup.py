@@ -13,6 +13,7 @@
 # limitations under the License.
 """Chains of look-ups of growing length: the answer is so many hops away, and every hop needs the one before it."""
 
+import itertools
 import random
 import string
 
@@ -37,7 +38,7 @@ def chains(rng: random.Random, hops: int) -> dict:
     for chain in range(CHAINS):
         links = names[chain * (hops + 1) : (chain + 1) * (hops + 1)]
         lines.append(f"{links[0]} = {values[chain]}")
-        lines += [f"{name} = {previous}" for previous, name in zip(links, links[1:])]
+        lines += [f"{name} = {previous}" for previous, name in itertools.pairwise(links)]
         ends.append(links[-1])
     rng.shuffle(lines)
     asked = rng.randrange(CHAINS)

@@ -13,29 +13,19 @@
 # limitations under the License.
 """CMath (Chinese elementary-school word problems): worked examples and the comparison of numbers."""
 
+import json
 import re
 from fractions import Fraction
+from pathlib import Path
 
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
 
 def worked_examples() -> list[dict[str, str]]:
-    """Three problems of our own in the style of the benchmark, with their solutions."""
-    return [
-        {
-            "question": "小红有12本书，小明比小红多5本，两人一共有多少本书？",
-            "solution": "小明有12+5=17本书，两人一共有12+17=29本书。答案是29。",
-        },
-        {
-            "question": "一辆汽车每小时行60千米，3小时后离终点还有45千米，全程多少千米？",
-            "solution": "3小时行了60×3=180千米，全程是180+45=225千米。答案是225。",
-        },
-        {
-            "question": "学校买了8盒粉笔，每盒24支，平均分给6个班，每个班分到多少支？",
-            "solution": "一共有8×24=192支，每个班分到192÷6=32支。答案是32。",
-        },
-    ]
+    """Three problems of our own in the style of the benchmark: `question` and `solution`."""
+    path = Path(__file__).parent / "cmath_examples.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def to_number(text: str) -> Fraction | None:
