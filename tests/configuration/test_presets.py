@@ -186,3 +186,12 @@ def test_every_recipe_trains_a_preset_and_repeats_nothing_it_calls_unpublished()
 def test_unknown_recipes_are_refused():
     with pytest.raises(ValueError, match=r"must be one of .*; got 'scaling-law-1b'"):
         load_recipe("scaling-law-1b")
+
+
+def test_the_readmes_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    scope = {}
+    exec(example, scope)
+    assert isinstance(scope["model"], AttnResForCausalLM)
+    assert (scope["config"].depth_weights, scope["config"].num_blocks) == ("sum", 4)
+    assert eval(example.splitlines()[-1], scope) == float(example.rsplit("# ", 1)[1])
