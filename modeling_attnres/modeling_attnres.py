@@ -464,6 +464,11 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         # One bank for the whole `generate`: every decode step reuses its allocation.
         model_kwargs.setdefault("block_summaries", BlockSummaries())
 
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # The bank is this model's own: an assistant knows no such argument, or makes one itself.
+        shared_kwargs = {name: value for name, value in model_kwargs.items() if name != "block_summaries"}
+        return super()._get_candidate_generator(*args, model_kwargs=shared_kwargs, **kwargs)
+
 
 class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel): ...
 
