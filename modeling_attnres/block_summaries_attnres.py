@@ -49,7 +49,7 @@ class _LinkSource(torch.autograd.Function):
     def forward(ctx, link, source, stored, slot):
         ctx.slot = slot
         ctx.set_materialize_grads(False)
-        return link.view_as(link), stored.view_as(stored)
+        return link.view_as(link), stored.detach()
 
     @staticmethod
     def backward(ctx, link_gradient, alias_gradient):

@@ -223,10 +223,12 @@ class SumWeights(MeanWeights):
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[..., n]` scores to `e - 1` `[..., n]` and minus the logarithm of `mean(exp(s))` `[...]`."""
-        largest = scores.detach().amax(dim=-1, keepdim=True)  # cancels: no gradient need flow through it
+        # Every step is exact where scores are equal: quotients of equal numbers, logarithms of exactly 1.
+        largest = scores.amax(dim=-1, keepdim=True)
         exponentials = torch.exp(scores - largest)
-        mean = exponentials.mean(dim=-1, keepdim=True)
-        return exponentials / mean - 1, -(largest + torch.log(mean)).squeeze(-1)
+        total = exponentials.sum(dim=-1, keepdim=True)
+        excess = (exponentials * scores.shape[-1] - total) / total
+        return excess, torch.log1p(excess.amax(dim=-1)) - largest.squeeze(-1)
 
     @staticmethod
     def phase_two(read: DepthRead, norm_floor: torch.Tensor, *state: torch.Tensor):
@@ -237,10 +239,10 @@ class SumWeights(MeanWeights):
         (recent,) = recents
         num_sources = read.scores.shape[-1] + 1
         logit = _score_recent(read, recent, norm_floor)
-        keep = num_sources / (num_sources + torch.expm1(logit.clamp(max=SumWeights.MAX_LOGIT)))
-        share = torch.rsub(keep, num_sources, alpha=num_sources)
-        keep, share = keep.to(mix.dtype).unsqueeze(-1), share.to(mix.dtype).unsqueeze(-1)
-        return torch.addcmul(mix * keep, recent, share), logit
+        excess = torch.expm1(logit.clamp(max=SumWeights.MAX_LOGIT))
+        taken = excess / (excess + num_sources)  # 1 - c, exactly 0 for an excess of 0
+        keep, share = (1 - taken).to(mix.dtype), (num_sources * taken).to(mix.dtype)
+        return torch.addcmul(mix * keep.unsqueeze(-1), recent, share.unsqueeze(-1)), logit
 
     @staticmethod
     def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):

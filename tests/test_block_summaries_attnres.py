@@ -1,0 +1,113 @@
+"""The bank of depth sources: what it stores, when it reuses its allocation, and that no live source is overwritten."""
+
+import pytest
+import torch
+
+from modeling_attnres import BlockSummaries
+
+
+FLOOR = torch.tensor(1e-3)
+
+
+def filled_bank(sources, queries, capacity=None):
+    bank = BlockSummaries()
+    bank.reset(sources[0], capacity or len(sources), num_queries=len(queries))
+    for source in sources:
+        bank.append(source, queries, FLOOR)
+    return bank
+
+
+def test_stores_sources_norms_and_scores():
+    sources = [torch.randn(2, 3, 8) for _ in range(3)]
+    queries = torch.randn(5, 8)
+    with torch.no_grad():
+        bank = filled_bank(sources, queries, capacity=4)
+    stacked = torch.stack(sources)
+    assert bank.length == 3
+    assert torch.equal(bank.sources[:3], stacked)
+    torch.testing.assert_close(bank.norms[:3], (stacked.square().sum(-1) + FLOOR**2).sqrt())
+    torch.testing.assert_close(bank.inv_rms, (stacked.square().mean(-1) + FLOOR**2 / 8).rsqrt())
+    expected = (stacked @ queries.T / bank.norms[:3].unsqueeze(-1)).movedim(0, -1)
+    torch.testing.assert_close(bank.score(queries, 0, 5), expected)
+    weights = torch.rand(2, 3, 2, 3)
+    torch.testing.assert_close(bank.weighted_sum(weights), torch.einsum("btrn,nbtd->btrd", weights, stacked))
+
+
+def test_low_precision_sources_are_scored_in_fp32():
+    source = torch.randn(1, 4, 64).bfloat16()
+    queries = torch.randn(2, 64)
+    with torch.no_grad():
+        bank = filled_bank([source], queries)
+    assert bank.sources.dtype == torch.bfloat16
+    expected = source.float() @ queries.T / source.float().norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(bank.score(queries, 0, 2)[..., 0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reset_keeps_an_allocation_that_fits_and_replaces_one_that_does_not():
+    like, queries = torch.randn(1, 4, 8), torch.randn(3, 8)
+    with torch.no_grad():
+        bank = filled_bank([like], queries, capacity=3)
+        address = bank.sources.data_ptr()
+        bank.reset(torch.randn(1, 4, 8), 3, 3)
+        assert bank.sources.data_ptr() == address
+        assert bank.length == 0
+        for other in (torch.randn(1, 5, 8), torch.randn(2, 4, 8), torch.randn(1, 4, 8).double()):
+            bank.reset(other, 3, 3)
+            assert bank.sources.shape == (3, *other.shape)
+            assert bank.sources.dtype == other.dtype
+
+
+def test_reset_with_gradients_never_reuses_an_allocation():
+    # A backward that is still to come reads the old one.
+    like, queries = torch.randn(1, 4, 8), torch.randn(3, 8)
+    bank = filled_bank([like], queries)
+    address = bank.sources.data_ptr()
+    old = bank.sources
+    bank.reset(like, 1, 3)
+    assert bank.sources.data_ptr() != address
+    assert torch.equal(old[0], like)
+
+
+def test_a_live_source_is_never_overwritten():
+    queries = torch.randn(3, 8)
+    with torch.no_grad():
+        bank = filled_bank([torch.randn(1, 4, 8) for _ in range(2)], queries)
+        before = bank.sources.clone()
+        with pytest.raises(RuntimeError, match="All 2 slots of the block summaries hold a live source"):
+            bank.append(torch.randn(1, 4, 8), queries, FLOOR)
+    assert torch.equal(bank.sources, before)
+
+
+def test_an_earlier_forward_keeps_its_sources_through_a_later_one():
+    # Two forwards through the same bank object before either backward: gradients must be those of separate banks.
+    queries = torch.randn(2, 8, requires_grad=True)
+    inputs = [torch.randn(1, 3, 8, requires_grad=True) for _ in range(2)]
+    bank = BlockSummaries()
+    losses = []
+    for value in inputs:
+        bank.reset(value, 1, 2)
+        bank.append(value, queries, FLOOR)
+        scores = bank.score(queries, 0, 2)
+        losses.append((bank.weighted_sum(scores.sigmoid()).square()).sum())
+    shared = torch.autograd.grad(sum(losses), inputs)
+    for value, gradient in zip(inputs, shared):
+        scores = (value @ queries.T / (value.square().sum(-1, keepdim=True) + FLOOR**2).sqrt()).unsqueeze(-1)
+        loss = (scores.sigmoid() * value.unsqueeze(-2)).square().sum()
+        torch.testing.assert_close(gradient, torch.autograd.grad(loss, value)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_pass_gradcheck():
+    sources = [torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    queries = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def read_twice(queries, *sources):
+        bank = BlockSummaries()
+        bank.reset(sources[0], 3, 3)
+        alias = bank.append(sources[0], queries, FLOOR.double())
+        bank.append(sources[1], queries, FLOOR.double())
+        early = bank.weighted_sum(bank.score(queries, 0, 2).softmax(-1))
+        bank.append(sources[2], queries, FLOOR.double())
+        late = bank.weighted_sum(bank.score(queries, 1, 3).softmax(-1))
+        return early, late, alias * 2
+
+    assert torch.autograd.gradcheck(read_twice, (queries, *sources))
