@@ -47,7 +47,7 @@ def hub(tmp_path_factory):
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "push").mkdir()
     with HubServer() as server:
-        environment = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1"}
+        environment = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         pushed = run_python("-c", PUSH, folder=folder / "push", HF_TOKEN=TOKEN, **environment)
         pushes, server.requests[:] = list(server.requests), []
         run_python(LOADER, folder / "jobs.json", folder=folder, **environment)
@@ -112,6 +112,6 @@ try:
 except HfHubHTTPError as error:
     print(error.response.status_code)
 """
-    environment = {"HF_ENDPOINT": hub["server"].url}
+    environment = {"HF_ENDPOINT": hub["server"].url, "NO_PROXY": "127.0.0.1"}
     assert run_python("-c", script, folder=hub["folder"], **environment).stdout.split() == ["401"]
     assert list(hub["server"].repositories) == [REPO, CLASSIFIER]
