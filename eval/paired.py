@@ -86,16 +86,17 @@ def bootstrap_p_value(differences: np.ndarray, weights: np.ndarray, resamples: i
         without_spread = np.where(distance > 0, np.inf, 0.0)
         return np.divide(distance, resampled_se, out=without_spread, where=resampled_se > 0)
 
-    drawn = stats.bootstrap(
-        (differences, weights),
-        studentised,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, BATCH_ELEMENTS // differences.size),
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
+    with np.errstate(invalid="ignore"):  # SciPy also takes the distribution's own deviation, infinities or not
+        drawn = stats.bootstrap(
+            (differences, weights),
+            studentised,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=max(1, BATCH_ELEMENTS // differences.size),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).bootstrap_distribution
     # Rounding must not turn ties with the observed value into smaller ones.
     return float((1 + np.count_nonzero(drawn >= observed * (1 - 1e-9))) / (resamples + 1))
 

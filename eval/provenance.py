@@ -47,13 +47,14 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def write(folder: Path, model: str, command: list[str], seconds: float):
+def write(folder: Path, model: str, command: list[str], seconds: float, cpu_seconds: float):
     """Writes `provenance.json`. A model that is no folder is named by lm-eval's own `model_sha` instead of a hash."""
     record = {
         "model": model,
         "model_hash": model_hash(Path(model)) if Path(model).is_dir() else None,
         "command": command,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "versions": installed_versions(),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),

@@ -98,7 +98,8 @@ def run(model: str, output: Path, others: list[str]):
             raise
         if int(os.environ.get("RANK", "0")) == 0:  # only the first of several processes has results
             collect(partial)
-            provenance.write(partial, model, ["attnres-eval", "run", model, *others], time.perf_counter() - started)
+            command = ["attnres-eval", "run", model, *others]
+            provenance.write(partial, model, command, time.perf_counter() - started, time.process_time())
             if output.exists():
                 output.rmdir()
             partial.rename(output)
