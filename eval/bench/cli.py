@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .models import DTYPES, PRESETS, VARIANTS, Lineup, build_lineup, check_equality
 from .plots import plot_sweep
-from .published import GROUPS, SHAPE, Figure, measure
+from .published import GROUPS, SHAPE
 from .report import count_rows, environment, format_table, timing_rows, write_csv, write_json
 from .timing import time_compiled, time_decode, time_prefill, time_training
 
@@ -69,25 +69,24 @@ def main(argv: list[str] | None = None):
 
 
 def run_published(arguments: argparse.Namespace):
-    """Measures the published set, prints it beside its bars and writes it to `--output`."""
-    groups = arguments.published or list(GROUPS)
-
-    def report(figures: list[Figure]):
+    """Measures the published set, prints it beside its bars and writes it to `--output`, group by group."""
+    rows: list[dict] = []
+    seconds: dict[str, dict] = {}
+    for group in arguments.published or list(GROUPS):
+        figures, timings = GROUPS[group]()
+        rows += [figure.row() for figure in figures]
+        seconds |= {
+            case: {name: asdict(entry) for name, entry in entries.items()} for case, entries in timings.items()
+        }
         print(format_table([figure.row() for figure in figures]), end="\n\n", flush=True)
-
-    figures, raw = measure(groups, report)
-    rows = [figure.row() for figure in figures]
+        if arguments.output is None:
+            continue
+        write_csv(arguments.output / "published.csv", rows)
+        content = {"environment": environment(arguments.threads), "rows": rows, "seconds": seconds}
+        write_json(arguments.output / "published.json", content)
+        if group == "mixer":
+            plot_sweep(timings, arguments.output / "mixer.png", SHAPE.num_sublayers, SHAPE.sublayers_per_block)
     print(format_table(rows))
-    if arguments.output is None:
-        return
-    write_csv(arguments.output / "published.csv", rows)
-    seconds = {case: {name: asdict(timing) for name, timing in timings.items()} for case, timings in raw.items()}
-    write_json(
-        arguments.output / "published.json",
-        {"environment": environment(arguments.threads), "rows": rows, "seconds": seconds},
-    )
-    if "mixer" in groups:
-        plot_sweep(raw, arguments.output / "mixer.png", SHAPE.num_sublayers, SHAPE.sublayers_per_block)
 
 
 def run_case(arguments: argparse.Namespace):

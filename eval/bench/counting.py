@@ -153,6 +153,15 @@ def prefill_peak_bytes(lineup: Lineup, variant: str, tokens: int, batch: int = 1
     return peak
 
 
+def training_peak_bytes(lineup: Lineup, variant: str, tokens: int, batch: int = 1) -> int:
+    """Peak bytes allocated by forward and backward, the gradients included, the parameters not."""
+    model, input_ids = lineup.models[variant], random_tokens(lineup.shape, batch, tokens)
+    lineup.clear_gradients()
+    peak, _ = allocated_bytes(lambda: model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward())
+    lineup.clear_gradients()
+    return peak
+
+
 def bank_storages(bank: BlockSummaries) -> dict[int, torch.UntypedStorage]:
     """The distinct storages that a bank of block summaries holds, by address."""
     storages = {}

@@ -102,6 +102,10 @@ class Lineup:
     query: nn.Parameter
     key_norm: nn.Parameter
 
+    def clear_gradients(self):
+        for parameter in (*self.models["base"].parameters(), self.query, self.key_norm):
+            parameter.grad = None
+
 
 def build_lineup(
     shape: Shape, variants: list[str], dtype: torch.dtype = torch.float32, seed: int = 0, query_std: float = 0.03

@@ -120,25 +120,6 @@ class Figure:
         return bar.sum_must
 
 
-def measure(groups: list[str], report: Callable[[list[Figure]], None]) -> tuple[list[Figure], dict]:
-    """Measures the named groups of rows, in order, each behind the equality gate.
-
-    Args:
-        groups: names out of `GROUPS`.
-        report: called with the figures of each group as it is done.
-
-    Returns:
-        The figures, and the raw timings in seconds by case and variant.
-    """
-    figures, raw = [], {}
-    for name in groups:
-        done, timings = GROUPS[name]()
-        figures += done
-        raw |= timings
-        report(done)
-    return figures, raw
-
-
 def _gated(dtype: str, variants: list[str], shape: Shape = SHAPE) -> Lineup:
     lineup = build_lineup(shape, variants, DTYPES[dtype])
     check_equality(lineup)

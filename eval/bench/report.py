@@ -27,7 +27,7 @@ import transformers
 
 import modeling_attnres
 
-from .counting import operations_per_sublayer, prefill_peak_bytes, saved_for_backward
+from .counting import operations_per_sublayer, prefill_peak_bytes, saved_for_backward, training_peak_bytes
 from .models import Lineup
 from .timing import Timing, ratio
 
@@ -84,23 +84,21 @@ def timing_rows(case: str, timings: dict[str, Timing]) -> list[dict]:
 
 def count_rows(lineup: Lineup, tokens: int, batch: int) -> list[dict]:
     """One row per variant: operations a sublayer, bytes kept for backward, peak bytes of prefill and training."""
-    rows, base = [], None
+    rows, base = [], {}
     for name in lineup.models:
         operations = operations_per_sublayer(lineup, name)
         kept = saved_for_backward(lineup, name, tokens, batch)
-        peak = prefill_peak_bytes(lineup, name, tokens, batch)
-        base = base or (kept, peak)
-        rows.append(
-            {
-                "variant": name,
-                "operations": operations.compute,
-                "views": operations.views,
-                "saved / base": kept.saved / base[0].saved,
-                "retained / base": kept.retained / base[0].retained,
-                "prefill peak MB": peak / 2**20,
-                "peak / base": peak / base[1],
-            }
-        )
+        measured = {
+            "saved": kept.saved,
+            "retained": kept.retained,
+            "prefill peak": prefill_peak_bytes(lineup, name, tokens, batch),
+            "training peak": training_peak_bytes(lineup, name, tokens, batch),
+        }
+        base = base or measured
+        row = {"variant": name, "operations": operations.compute, "views": operations.views}
+        for quantity, size in measured.items():
+            row |= {f"{quantity} MB": size / 2**20, f"{quantity} / base": size / base[quantity]}
+        rows.append(row)
     return rows
 
 

@@ -204,10 +204,6 @@ def time_training(lineup: Lineup, batch: int, tokens: int, rounds: int, descript
     """Forward, loss and backward; clearing the gradients is off the clock."""
     input_ids = random_tokens(lineup.shape, batch, tokens)
 
-    def clear():
-        for parameter in (*lineup.models["base"].parameters(), lineup.query, lineup.key_norm):
-            parameter.grad = None
-
     actions = {
         name: lambda model=model: model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
         for name, model in lineup.models.items()
@@ -215,7 +211,7 @@ def time_training(lineup: Lineup, batch: int, tokens: int, rounds: int, descript
     try:
         for model in lineup.models.values():
             model.train()
-        return take_turns(actions, rounds, after=clear, description=description)
+        return take_turns(actions, rounds, after=lineup.clear_gradients, description=description)
     finally:
         for model in lineup.models.values():
             model.eval()

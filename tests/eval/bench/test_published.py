@@ -1,0 +1,73 @@
+import dataclasses
+
+import pytest
+
+from modeling_attnres.eval.bench import published
+from modeling_attnres.eval.bench.models import PRESETS
+from modeling_attnres.eval.bench.published import BARS, SHAPE, Figure, chunked_figure, saved_figures, sweep_mixers
+from modeling_attnres.eval.bench.timing import Ratio
+
+
+@pytest.mark.parametrize(("value", "met"), [(1.005, "aim"), (1.02, "must"), (1.031, "SHORT")])
+def test_a_figure_is_judged_by_its_bars(value, met):
+    row = Figure("prefill 512 fp32", Ratio(value, value, value), sum=Ratio(1.04, 1.0, 1.1)).row()
+
+    assert (row["met"], row["must"], row["aim"]) == (met, 1.03, 1.01)
+    assert row["sum must"] == pytest.approx(value + 0.03)
+    assert row["Figure 2"] is None
+
+
+def test_sum_is_held_to_its_own_count_of_operations():
+    row = Figure("operations per sublayer", Ratio(5.0, 5.0, 5.0), sum=Ratio(13.0, 13.0, 13.0)).row()
+
+    assert (row["sum"], row["sum must"]) == (13.0, 12.0)
+
+
+def test_figure_2_saves_what_the_paper_form_is_known_to_save():
+    # The vocabulary has no part in it.
+    block, _ = saved_figures(dataclasses.replace(SHAPE, vocab_size=64), tokens=4)
+
+    assert block.figure2.median == pytest.approx(2.63, abs=0.01)
+
+
+def test_summaries_of_a_chunked_prefill_keep_their_bar():
+    figure = chunked_figure(published.CHUNKED_SHAPE, tokens=512, chunk=32)
+
+    assert max(figure.mean.median, figure.sum.median) <= BARS[figure.name].must
+
+
+def test_sweep_covers_tokens_blocks_and_depth():
+    timings = sweep_mixers(PRESETS["tiny"], (4, 8), {2: 4}, (4, 8), rounds=1)
+
+    assert list(timings) == ["mixer T=4", "mixer T=8", "mixer N=2", "mixer L=4", "mixer L=8"]
+
+
+@pytest.mark.parametrize("group", ["prefill", "training", "decode", "mixer"])
+def test_every_timing_group_yields_rows_with_bars(group, monkeypatch):
+    def quick(timer, limits):
+        def run(*args, **kwargs):
+            return timer(*args, **{**kwargs, **limits})
+
+        return run
+
+    tiny = dataclasses.replace(PRESETS["tiny"], num_layers=2)
+    monkeypatch.setattr(published, "SHAPE", tiny)
+    monkeypatch.setattr(published, "SWEEP_BLOCKS", {4: 1, 15: 1})
+    monkeypatch.setattr(published, "SWEEP_SUBLAYERS", (4,))
+    monkeypatch.setattr(published, "sweep_mixers", quick(published.sweep_mixers, {"rounds": 1}))
+    monkeypatch.setattr("modeling_attnres.eval.bench.timing.take_turns", _one_round)
+    monkeypatch.setattr(published, "_gated", lambda *args: published.build_lineup(tiny, args[1]))
+
+    figures, timings = published.GROUPS[group]()
+
+    assert timings
+    assert all(figure.row()["must"] == BARS[figure.name].must and figure.mean.median > 0 for figure in figures)
+
+
+def _one_round(actions, *args, **kwargs):
+    return {name: _timed(action) for name, action in actions.items()}
+
+
+def _timed(action):
+    action()
+    return published.Timing([1.0], [1.0])
