@@ -192,15 +192,21 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
         raise CheckpointError(
             f"{source.checkpoint.folder}: its tensors do not fit a '{source.text_config.model_type}' model ({error})."
         ) from error
-    missing = sorted(name for name in info["missing_keys"] if ".depth_attention." not in name)
+    missing = sorted(_plain(name) for name in info["missing_keys"] if ".depth_attention." not in name)
+    unknown = sorted(_plain(name) for name in info["unexpected_keys"])
     problems = []
     if missing:
-        problems.append(f"missing: {shorten(name.replace('.backbone.', '.') for name in missing)}")
-    if info["unexpected_keys"]:
-        problems.append(f"unknown: {shorten(sorted(info['unexpected_keys']))} (--drop-keys leaves named ones out)")
+        problems.append(f"missing: {shorten(missing)}")
+    if unknown:
+        problems.append(f"unknown: {shorten(unknown)} (--drop-keys leaves named ones out)")
     for name, found, due in sorted(info["mismatched_keys"])[:4]:
-        problems.append(f"shape of {name.replace('.backbone.', '.')}: {list(found)}, the config says {list(due)}")
+        problems.append(f"shape of {_plain(name)}: {list(found)}, the config says {list(due)}")
     problems += list(info["error_msgs"])
     if problems:
         raise CheckpointError(f"{source.checkpoint.folder}: weights and config disagree. {'; '.join(problems)}.")
     return model
+
+
+def _plain(name: str) -> str:
+    """The name that a tensor has on disk (up to the library's own rearrangements)."""
+    return name.replace("model.backbone.", "model.", 1)

@@ -67,8 +67,7 @@ def write_shards(folder: Path, shards: list[OutputShard]):
     names = [SAFETENSORS]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    total = sum(shard.num_bytes for shard in shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights") as progress:
+    with tqdm(total=sum(map(_file_bytes, shards)), unit="B", unit_scale=True, desc="Writing weights") as progress:
         for name, shard in zip(names, shards, strict=True):
             if shard.copy_of is not None:
                 _copy_file(shard.copy_of, folder / name, progress)
@@ -76,8 +75,13 @@ def write_shards(folder: Path, shards: list[OutputShard]):
                 _write_safetensors(folder / name, shard.tensors, progress)
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard.tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        total_size = sum(shard.num_bytes for shard in shards)
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _file_bytes(shard: OutputShard) -> int:
+    return shard.copy_of.stat().st_size if shard.copy_of is not None else len(_header(shard.tensors)) + shard.num_bytes
 
 
 def _copy_file(source: Path, target: Path, progress: tqdm):
@@ -87,16 +91,16 @@ def _copy_file(source: Path, target: Path, progress: tqdm):
             progress.update(len(chunk))
 
 
-def _write_safetensors(path: Path, tensors: list[OutputTensor], progress: tqdm):
-    """A safetensors file with one tensor in memory at a time, which the library's own writer cannot do.
+def _write_order(tensors: list[OutputTensor]) -> list[OutputTensor]:
+    """Wide dtypes first, so that every tensor starts at a multiple of its item size; by name for repeatable files."""
+    return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
 
-    Format: length of the header (8 bytes, little endian), JSON header, the tensors' bytes without gaps.
-    """
-    # Wide dtypes first, so that every tensor starts at a multiple of its item size; by name for repeatable files.
-    tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+
+def _header(tensors: list[OutputTensor]) -> bytes:
+    """Start of a safetensors file: the header's length (8 bytes, little endian), and the header as JSON."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for tensor in tensors:
+    for tensor in _write_order(tensors):
         header[tensor.name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -105,13 +109,21 @@ def _write_safetensors(path: Path, tensors: list[OutputTensor], progress: tqdm):
         position += tensor.num_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % 64)  # data on a cache line, for readers that map the file
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _write_safetensors(path: Path, tensors: list[OutputTensor], progress: tqdm):
+    """A safetensors file with one tensor in memory at a time, which the library's own writer cannot do."""
+    header = _header(tensors)
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors:
+        file.write(header)
+        progress.update(len(header))
+        for tensor in _write_order(tensors):
             data = tensor.read()
             if data.dtype != tensor.dtype or tuple(data.shape) != tuple(tensor.shape):
                 raise RuntimeError(
-                    f"'{tensor.name}' was announced as {tensor.dtype} {tensor.shape}, got {data.dtype}."
+                    f"'{tensor.name}' was announced as {tensor.dtype} {tensor.shape}, got {data.dtype} "
+                    f"{tuple(data.shape)}."
                 )
             file.write(data.contiguous().view(-1).view(torch.uint8).numpy().data)
             progress.update(tensor.num_bytes)

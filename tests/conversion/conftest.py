@@ -1,0 +1,29 @@
+"""Checkpoints on disk for the conversion tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # helpers shared by all tests
+
+from tiny_checkpoints import save_backbone
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    """A llama checkpoint in one file."""
+    return save_backbone(tmp_path / "llama")
+
+
+@pytest.fixture
+def sharded_llama(tmp_path) -> Path:
+    """A llama checkpoint in several shards."""
+    return save_backbone(tmp_path / "sharded", max_shard_size="30KB")
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """Tests survive no power cut, and waiting for the disk is most of what a tiny conversion takes."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
