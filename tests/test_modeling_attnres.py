@@ -80,6 +80,17 @@ def test_logits_are_those_of_the_papers_figure_2(sublayers_per_block, query_std)
         torch.testing.assert_close(model(input_ids).logits, figure_2(model, input_ids), **FP32_TOLERANCE)
 
 
+@pytest.mark.parametrize("sublayers_per_block", [2, 4, 6, NUM_SUBLAYERS])
+def test_gradients_are_those_of_the_papers_figure_2(sublayers_per_block):
+    model = tiny_model("llama", sublayers_per_block)
+    input_ids = tiny_inputs()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(figure_2(model, input_ids).square().sum(), parameters)
+    found = torch.autograd.grad(model(input_ids).logits.square().sum(), parameters)
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def reference_mixes(model: AttnResForCausalLM, outputs: list[torch.Tensor], embedding: torch.Tensor):
     """Equations 2 to 6 for any S and both forms: weights and mixes of sublayers 1..L and the output, sources at last."""
     config, depth = model.config, model.model.depth_attention
