@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from .block_summaries_attnres import BlockSummaries, accumulation_dtype, norm_with_floor, weighted_sum
+from .depth_merge_attnres import merge_mean, merge_sum
 
 
 # Rows of phase 1 held at a time: a long block is several groups, so that S = L does not hold L rows of [B, T, D].
@@ -95,22 +96,20 @@ class DepthRead(NamedTuple):
     Attributes:
         query: `[D]`, its folded query, in at least fp32.
         row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1.
-        stats: what the merge needs of the scores, each `[B, T]`, in at least fp32. The first is added to every score
-            before it is exponentiated: minus their log-sum-exp, or minus the largest.
+        stat: `[B, T]`, what the merge needs of the scores (see the forms), in at least fp32.
         scores: `[B, T, R, n]`, the scores of the whole group, in at least fp32.
         position: which of the R queries this is.
     """
 
     query: torch.Tensor
     row: torch.Tensor
-    stats: tuple[torch.Tensor, ...]
+    stat: torch.Tensor
     scores: torch.Tensor
     position: int
 
 
-def _as_reads(queries, rows, stats, scores) -> list[DepthRead]:
-    stats = zip(*(stat.unbind(-1) for stat in stats))
-    parts = zip(queries.unbind(0), rows.unbind(-2), stats)
+def _as_reads(queries, rows, stat, scores) -> list[DepthRead]:
+    parts = zip(queries.unbind(0), rows.unbind(-2), stat.unbind(-1))
     return [DepthRead(*part, scores, position) for position, part in enumerate(parts)]
 
 
@@ -127,8 +126,8 @@ def read_bank(
         One [`DepthRead`] per query.
     """
     scores = bank.score(queries, first, last)
-    weights, *stats = form.phase_one(scores)
-    return _as_reads(queries[first:last], bank.weighted_sum(weights), stats, scores)
+    weights, stat = form.phase_one(scores)
+    return _as_reads(queries[first:last], bank.weighted_sum(weights), stat, scores)
 
 
 def read_sources(
@@ -144,14 +143,8 @@ def read_sources(
     values = stacked.to(queries.dtype)
     scores = (values @ queries.T) / norm_with_floor(values, norm_floor).unsqueeze(-1)
     scores = scores.movedim(0, -1)  # [B, T, R, n]
-    weights, *stats = form.phase_one(scores)
-    return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked), stats, scores)
-
-
-def _score_recent(read: DepthRead, recent: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-    """Score of the recent source `[B, T, D]` plus `read.stats[0]`, `[B, T]`."""
-    values = recent.to(read.query.dtype)
-    return torch.addcdiv(read.stats[0], torch.matmul(values, read.query), norm_with_floor(values, norm_floor))
+    weights, stat = form.phase_one(scores)
+    return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked), stat, scores)
 
 
 class MeanWeights:
@@ -163,8 +156,13 @@ class MeanWeights:
 
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[..., n]` scores to the weights `[..., n]` of the sources and minus their log-sum-exp `[...]`."""
-        return torch.softmax(scores, dim=-1), -torch.logsumexp(scores, dim=-1)
+        """`[..., n]` scores to the weights `[..., n]` of the sources and the scores' log-sum-exp `[...]`."""
+        return torch.softmax(scores, dim=-1), torch.logsumexp(scores, dim=-1)
+
+    @staticmethod
+    def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
+        """The recent source's score `[B, T]`, from the relative one that `phase_two` returns."""
+        return read.stat - relative
 
     @staticmethod
     def phase_two(read: DepthRead, norm_floor: torch.Tensor, *state: torch.Tensor):
@@ -173,14 +171,14 @@ class MeanWeights:
         With one extra source online softmax is `row + p (recent - row)`, `p = sigmoid(score - lse)`.
 
         Returns:
-            the mix `[B, T, D]`, and the recent source's score plus `read.stats[0]` `[B, T]`, or `None` without one.
+            the mix `[B, T, D]`, and the recent source's score relative to phase 1's (see `recent_score`) `[B, T]`, or
+            `None` without one.
         """
         if not state:
-            return read.row, None
+            # A copy, so that whoever keeps the mix for its backward does not keep all rows of the group with it.
+            return (read.row.clone() if torch.is_grad_enabled() else read.row), None
         (recent,) = state
-        logit = _score_recent(read, recent, norm_floor)
-        share = torch.sigmoid(logit).to(recent.dtype).unsqueeze(-1)
-        return torch.lerp(read.row, recent, share), logit
+        return merge_mean(read.row, read.stat, read.query, recent, norm_floor)
 
     @staticmethod
     def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
@@ -207,14 +205,11 @@ class SumWeights(MeanWeights):
     PreNorm model. Phase 1 weighs its sources by `e_i = exp(s_i) / mean(exp(s))`, which are exactly 1 for zero queries,
     and sums `D = sum (e_i - 1) v_i`. With `x` the recent source's weight on that scale, the mix is
 
-        h = c (stream + D) + n (1 - c) recent,    c = n / (n - 1 + x)
+        h = (1 - c) (stream + D) + c n recent,    c = (x - 1) / (x - 1 + n)
 
-    For zero queries D is exactly 0 and c exactly 1: the mix is the stream bit for bit. No coefficient exceeds n, so
-    the rounding of the stream is not amplified.
+    For zero queries D and c are exactly 0: the mix is the stream bit for bit. No coefficient exceeds n, so the
+    rounding of the stream is not amplified where one source has most of the weight.
     """
-
-    # Beyond it the recent source has all the weight, and exp stays finite, also in the backward.
-    MAX_LOGIT = 60.0
 
     @staticmethod
     def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -222,13 +217,15 @@ class SumWeights(MeanWeights):
 
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[..., n]` scores to `e - 1` `[..., n]` and minus the logarithm of `mean(exp(s))` `[...]`."""
-        # Every step is exact where scores are equal: quotients of equal numbers, logarithms of exactly 1.
-        largest = scores.amax(dim=-1, keepdim=True)
-        exponentials = torch.exp(scores - largest)
-        total = exponentials.sum(dim=-1, keepdim=True)
-        excess = (exponentials * scores.shape[-1] - total) / total
-        return excess, torch.log1p(excess.amax(dim=-1)) - largest.squeeze(-1)
+        """`[..., n]` scores to `e - 1` `[..., n]` and half of minus the logarithm of `mean(exp(s))` `[...]`."""
+        n = scores.shape[-1]
+        # Equal scores have softmax 1 / n exactly as rounded here, so their excess is exactly 0, and so is its logarithm.
+        excess = (torch.softmax(scores, dim=-1) - 1 / n) * n
+        return excess, (torch.log1p(excess.amax(dim=-1)) - scores.amax(dim=-1)) * 0.5
+
+    @staticmethod
+    def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
+        return 2 * (relative - read.stat)
 
     @staticmethod
     def phase_two(read: DepthRead, norm_floor: torch.Tensor, *state: torch.Tensor):
@@ -238,11 +235,7 @@ class SumWeights(MeanWeights):
             return mix, None
         (recent,) = recents
         num_sources = read.scores.shape[-1] + 1
-        logit = _score_recent(read, recent, norm_floor)
-        excess = torch.expm1(logit.clamp(max=SumWeights.MAX_LOGIT))
-        taken = excess / (excess + num_sources)  # 1 - c, exactly 0 for an excess of 0
-        keep, share = (1 - taken).to(mix.dtype), (num_sources * taken).to(mix.dtype)
-        return torch.addcmul(mix * keep.unsqueeze(-1), recent, share.unsqueeze(-1)), logit
+        return merge_sum(mix, read.stat, read.query, recent, norm_floor, num_sources)
 
     @staticmethod
     def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
@@ -261,12 +254,12 @@ class SumWeights(MeanWeights):
 FORMS = {"mean": MeanWeights, "sum": SumWeights}
 
 
-def mix_weights(read: DepthRead, recent_logit: torch.Tensor | None, depth_weights: str) -> torch.Tensor:
+def mix_weights(read: DepthRead, relative: torch.Tensor | None, depth_weights: str) -> torch.Tensor:
     """The weights `[B, T, n]` of a mix, from what phase 1 and [`MeanWeights.phase_two`] computed it with."""
-    logits = read.scores[..., read.position, :] + read.stats[0].unsqueeze(-1)
-    if recent_logit is not None:
-        logits = torch.cat([logits, recent_logit.unsqueeze(-1)], dim=-1)
-    weights = torch.softmax(logits, dim=-1)
+    scores = read.scores[..., read.position, :]
+    if relative is not None:
+        scores = torch.cat([scores, FORMS[depth_weights].recent_score(read, relative).unsqueeze(-1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)
     return weights * weights.shape[-1] if depth_weights == "sum" else weights
 
 
@@ -361,11 +354,13 @@ class DepthStream:
             self._file(source)
         return self.form.without_closed(state, num_closed)
 
-    def mix_output(self, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output mix `[B, T, D]` over all sources, and its weights `[B, T, n]`."""
+    def mix_output(
+        self, state: tuple[torch.Tensor, ...], with_weights: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output mix `[B, T, D]` over all sources, and if asked its weights `[B, T, n]`."""
         (read,) = self.read(self.num_sublayers, self.num_sublayers + 1)
         mix, logit = self.form.phase_two(read, self.norm_floor, *state)
-        return mix, mix_weights(read, logit, self.depth_weights)
+        return mix, mix_weights(read, logit, self.depth_weights) if with_weights else None
 
     def stacked_sources(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """All sources in order of depth, `[B, T, n, D]`, as a copy that outlives the bank."""
