@@ -1,0 +1,210 @@
+"""`attnres-eval run` on a tiny checkpoint: what it writes, that scores do not depend on batching, what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_attnres import AttnResForCausalLM
+from modeling_attnres.eval import provenance
+from modeling_attnres.eval.cli import main
+from modeling_attnres.eval.comparison import Model, compare_models
+from modeling_attnres.eval.records import load_run
+from modeling_attnres.eval.tasks import TASKS_PATH
+
+
+# Every kind of request: likelihoods of choices, of answers, of whole texts; generation.
+TASKS = ("attnres_lookup_2", "attnres_cloze_python", "attnres_arithmetic", "attnres_bits_python", "attnres_stories")
+
+
+def evaluate(checkpoint, batch_size, tasks=TASKS, limit=6, gen_kwargs=None):
+    """Scores by task, and every sample's log-likelihoods or texts."""
+    lm = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(checkpoint),
+        tokenizer=AutoTokenizer.from_pretrained(checkpoint),
+        batch_size=batch_size,
+    )
+    manager = TaskManager(include_path=str(TASKS_PATH), include_defaults=False)
+    results = simple_evaluate(
+        lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, gen_kwargs=gen_kwargs
+    )
+    scores = {
+        task: {key: value for key, value in row.items() if "," in key and "_stderr" not in key}
+        for task, row in results["results"].items()
+    }
+    responses = {
+        task: [np.ravel(sample["resps"]).tolist() for sample in samples]
+        for task, samples in results["samples"].items()
+    }
+    return scores, responses
+
+
+@pytest.fixture(scope="module")
+def one_by_one(checkpoint):
+    return evaluate(checkpoint, batch_size=1)
+
+
+def test_batch_size_does_not_change_scores(checkpoint, one_by_one):
+    """Eight at a time pads likelihoods on the right and generation on the left."""
+    scores, responses = evaluate(checkpoint, batch_size=8)
+    expected_scores, expected = one_by_one
+    assert responses["attnres_stories"] == expected["attnres_stories"]
+    for task in TASKS:
+        assert scores[task] == pytest.approx(expected_scores[task], rel=1e-5)
+    for task in TASKS[:-1]:
+        found, wanted = (np.array([sample[0] for sample in side[task]], dtype=float) for side in (responses, expected))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)  # float32
+
+
+def test_generation_without_cache_is_the_same(checkpoint, monkeypatch):
+    few = {"tasks": ("attnres_stories",), "limit": 3, "gen_kwargs": {"max_gen_toks": 16}}
+    _, expected = evaluate(checkpoint, batch_size=3, **few)
+    generate, caches = AttnResForCausalLM.generate, []
+
+    def uncached(self, *args, use_cache, **kwargs):
+        caches.append(use_cache)
+        return generate(self, *args, use_cache=False, **kwargs)
+
+    monkeypatch.setattr(AttnResForCausalLM, "generate", uncached)
+    _, responses = evaluate(checkpoint, batch_size=3, **few)
+    assert caches == [True]  # lm-eval itself asks for the cache
+    assert responses == expected
+    assert all(text for (text,) in responses["attnres_stories"])
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+class TestCommand:
+    def run(self, checkpoint, output, *options):
+        return main(["run", str(checkpoint), "--output", str(output), "--batch_size", "4", *options])
+
+    def test_results_samples_and_provenance(self, checkpoint, tmp_path):
+        """With lm-eval's options after ours, and further tasks beside ours."""
+        extra = tmp_path / "extra"
+        extra.mkdir()
+        (extra / "own.yaml").write_text(
+            (TASKS_PATH / "offline/attnres_arithmetic.yaml").read_text().replace("task: attnres_", "task: own_")
+        )
+        output = tmp_path / "runs" / "tiny"
+        options = ("--tasks", "attnres_lookup_1,own_arithmetic", "--limit", "3", "--include_path", str(extra))
+        assert self.run(checkpoint, output, *options, "--model_args", "dtype=bfloat16") == 0
+        run = load_run(output)
+        assert set(run.tasks) == {"attnres_lookup_1", "own_arithmetic"}
+        assert len(run.samples("own_arithmetic")) == 3
+        assert run.results["config"]["model_dtype"] == "torch.bfloat16"
+        assert run.provenance["model_hash"] == provenance.model_hash(checkpoint)
+        assert run.provenance["versions"]["lm-eval"] == run.results["lm_eval_version"]
+        assert [path.name for path in output.parent.iterdir()] == ["tiny"]  # no left-overs
+        assert all(path.is_file() for path in output.iterdir())
+
+    def test_run_and_compare(self, checkpoint, tmp_path):
+        """A model compared with itself: no difference in any figure."""
+        options = ("--tasks", "attnres_lookup_1,attnres_bits_python", "--limit", "4")
+        folders = [tmp_path / name for name in "ab"]
+        for folder in folders:
+            assert self.run(checkpoint, folder, *options) == 0
+        models = [Model(folder.name, [load_run(folder)]) for folder in folders]
+        for row in compare_models(models, resamples=99).rows["b"]:
+            assert (row.difference.value, row.difference.p_value) == (0, 1)
+
+    def test_unknown_task(self, checkpoint, tmp_path, capsys):
+        assert self.run(checkpoint, tmp_path / "out", "--tasks", "no_such_task") == 2
+        assert "Tasks not found: no_such_task" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    def test_no_task(self, checkpoint, tmp_path, capsys):
+        assert self.run(checkpoint, tmp_path / "out") == 2
+        assert "No tasks specified" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    def test_generated_code_needs_consent(self, checkpoint, tmp_path, capsys):
+        assert self.run(checkpoint, tmp_path / "out", "--tasks", "attnres_humaneval", "--limit", "1") == 2
+        assert "attnres_humaneval which is marked as unsafe" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    def test_generated_code_with_consent(self, checkpoint, tmp_path):
+        options = ("--tasks", "attnres_humaneval", "--limit", "1", "--confirm_run_unsafe_code")
+        assert self.run(checkpoint, tmp_path / "out", *options, "--gen_kwargs", "max_gen_toks=8") == 0
+        items = load_run(tmp_path / "out").items("attnres_humaneval", "pass@1", "none")
+        assert items.values.tolist() == [0.0]
+
+    def test_samples_that_lm_eval_could_not_save(self, checkpoint, tmp_path, monkeypatch, capsys):
+        """lm-eval logs the failure and ends as if all were well."""
+        monkeypatch.setattr("lm_eval.loggers.EvaluationTracker.save_results_samples", lambda *_, **__: None)
+        assert self.run(checkpoint, tmp_path / "out", "--tasks", "attnres_lookup_1", "--limit", "1") == 2
+        assert "did not write the samples of task attnres_lookup_1" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
+def test_output_must_be_new(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", str(checkpoint), "--output", str(tmp_path), "--tasks", "attnres_lookup_1"]) == 2
+    assert "new or empty folder" in capsys.readouterr().err
+    arguments = ["run", str(checkpoint), "--output", str(tmp_path / "out"), "--output_path", "elsewhere"]
+    assert main(arguments) == 2
+    assert "give the folder for results as --output" in capsys.readouterr().err
+
+
+def test_model_hash_is_of_contents_and_names(checkpoint, tmp_path):
+    first = provenance.model_hash(checkpoint)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in checkpoint.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "README.md").write_text("a card does not change the model")
+    assert provenance.model_hash(copy) == first
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "depth_norm_eps": 0.5}))
+    assert provenance.model_hash(copy) != first
+
+
+def offline(tmp_path) -> dict[str, str]:
+    """The environment of a machine that has no Hub and has never had one."""
+    (tmp_path / "home").mkdir()
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "OMP_NUM_THREADS": "1",
+        # Any connection that is tried anyway goes nowhere.
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "ALL_PROXY": "http://127.0.0.1:9",
+    }
+
+
+@pytest.mark.slow
+def test_whole_offline_group_without_hub_or_cache(checkpoint, tmp_path):
+    """In a process of its own, with lm-eval's own tasks indexed too."""
+    command = [
+        str(Path(sys.executable).with_name("attnres-eval")),
+        "run",
+        str(checkpoint),
+        "--tasks",
+        "attnres_offline",
+    ]
+    command += ["--output", str(tmp_path / "run"), "--limit", "2", "--batch_size", "8"]
+    subprocess.run(command, env=offline(tmp_path), check=True, capture_output=True)
+    run = load_run(tmp_path / "run")
+    assert len(run.tasks) == 11
+    assert all(len(run.samples(task)) == 2 for task in run.tasks)
+
+
+@pytest.mark.slow
+def test_stock_lm_eval_with_remote_code(checkpoint, tmp_path):
+    """`lm_eval` alone knows neither architecture nor tasks: the checkpoint brings the one, --include_path the other."""
+    command = [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf", "--tasks", "attnres_lookup_1"]
+    command += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True", "--include_path", str(TASKS_PATH)]
+    command += ["--output_path", str(tmp_path / "run"), "--log_samples", "--limit", "2"]
+    subprocess.run(command, env=offline(tmp_path), check=True, capture_output=True)
+    samples = load_run(tmp_path / "run").samples("attnres_lookup_1")
+    _, expected = evaluate(checkpoint, batch_size=1, tasks=("attnres_lookup_1",), limit=2)
+    for sample, wanted in zip(samples, expected["attnres_lookup_1"], strict=True):
+        found = [response[0][0] for response in sample["resps"]]
+        np.testing.assert_allclose(np.array(found, dtype=float), np.array(wanted[::2], dtype=float), rtol=1e-5)
