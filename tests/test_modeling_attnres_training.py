@@ -19,7 +19,7 @@ def training_model(model_type: str, sublayers_per_block: int, depth_weights: str
 
 def check_checkpointed_gradients(model, use_reentrant: bool):
     expected = gradients(model, tiny_inputs())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
     recomputed = gradients(model, tiny_inputs())
     assert recomputed.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -50,7 +50,7 @@ def test_checkpointing_every_other_layer():
     """Plain and checkpointed layers meet in one forward, also within one group of a long block."""
     model = training_model("llama", NUM_SUBLAYERS, "mean")
     expected = gradients(model, tiny_inputs())
-    model.gradient_checkpointing_enable(every_n_layers=2)
+    model.activation_checkpointing_enable(every_n_layers=2)
     assert len({layer.gradient_checkpointing for layer in model.model.backbone.layers}) == 2
     for name, gradient in gradients(model, tiny_inputs()).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
@@ -61,7 +61,7 @@ def test_block_summaries_and_weights_carry_gradients():
     for checkpointed in (False, True):
         model = training_model("llama", 3, "mean")
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         outputs = model(tiny_inputs(), output_block_summaries=True, output_depth_weights=True)
         entropy = -sum((weights * weights.log()).sum(-1).mean() for weights in outputs.depth_weights[1:])
         (entropy + outputs.block_summaries.square().mean()).backward()
