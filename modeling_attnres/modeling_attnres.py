@@ -326,7 +326,7 @@ class AttnResModel(AttnResPreTrainedModel):
                 hidden_states.append(mix)
                 depth_weights += weights_and_state[:2]
             state = depth.close(state, next_sublayer=last)
-        mix, output_weights = depth.mix_output(state)
+        mix, output_weights = depth.mix_output(state, with_weights=output_depth_weights)
         last_hidden_state = self.backbone.norm(mix)
 
         return AttnResModelOutputWithPast(
