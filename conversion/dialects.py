@@ -165,9 +165,9 @@ def detect_dialect(checkpoint: Checkpoint) -> str | None:
     """Which dialect a checkpoint is in by its config and tensor names: a name of `DIALECT_NAMES`, or `None`."""
     config = checkpoint.config
     text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    model_types = {config.get("model_type"), text_config.get("model_type")}
+    model_types = [config.get("model_type"), text_config.get("model_type")]
     for foreign in FOREIGN:
-        if model_types & set(foreign.model_types):
+        if any(model_type in foreign.model_types for model_type in model_types):
             return foreign.name
         if foreign.key and any(re.search(foreign.key, name) for name in checkpoint.tensors):
             return foreign.name

@@ -71,15 +71,19 @@ def build_config(config: dict[str, Any], where: str) -> PreTrainedConfig:
         CheckpointError: if its model type is unknown to the installed Transformers or a field has a wrong value.
     """
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING and model_type != AttnResConfig.model_type:
+    if not isinstance(model_type, str) or model_type not in {*CONFIG_MAPPING, AttnResConfig.model_type}:
         raise CheckpointError(f"{where}: model_type {model_type!r} is unknown to the installed Transformers.")
     # Code that came with the source is neither run nor carried along: the library's own class takes its place.
     fields = {name: value for name, value in config.items() if name != "auto_map"}
     config_class = AttnResConfig if model_type == AttnResConfig.model_type else CONFIG_MAPPING[model_type]
     try:
-        return config_class.from_dict(fields)
+        built = config_class.from_dict(fields)
+        dtype = built.get_text_config().dtype
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{where}: not a valid '{model_type}' config ({error}).") from error
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{where}: `dtype` must name a dtype, got {dtype!r}.")
+    return built
 
 
 def read_prenorm(checkpoint: Checkpoint, drop_keys: tuple[str, ...] = ()) -> Source:

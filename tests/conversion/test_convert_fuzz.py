@@ -113,15 +113,18 @@ def run_case(case: int, sources: list[Path], folder: Path) -> str:
     try:
         report = convert(source, out)
     except (ConversionError, UnsupportedBackboneError) as error:
-        assert len(str(error)) > 20, f"case {case}: {error}"
-        assert not out.exists(), f"case {case}"
-        return "refused"
+        refusal = str(error)
     else:
-        assert report.max_logit_difference == 0.0, f"case {case}"
-        return "converted"
-    finally:
-        shutil.rmtree(source)
-        shutil.rmtree(out, ignore_errors=True)
+        refusal = None
+    exists = out.exists()
+    shutil.rmtree(source)
+    shutil.rmtree(out, ignore_errors=True)
+    assert exists == (refusal is None), f"case {case}"
+    if refusal is not None:
+        assert len(refusal) > 20, f"case {case}: {refusal}"
+        return "refused"
+    assert report.max_logit_difference == 0.0, f"case {case}"
+    return "converted"
 
 
 @pytest.mark.parametrize("cases", [60, pytest.param(500, marks=pytest.mark.slow)])

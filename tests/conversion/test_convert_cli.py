@@ -1,0 +1,75 @@
+import json
+from importlib.metadata import entry_points
+
+import pytest
+from tiny_checkpoints import save_backbone, weights
+
+from modeling_attnres import AttnResConfig
+from modeling_attnres.conversion.cli import main
+
+
+def test_converts_and_prints_the_proof(tmp_path, llama, capsys):
+    assert main([str(llama), str(tmp_path / "out"), "--num-blocks", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "llama (prenorm, llama) -> out (attnres)" in printed
+    assert '4 of 2 sublayers (8 in all), depth weights "sum"' in printed
+    assert "37,664, of which 512 added" in printed
+    assert "fixed token ids: max logit difference 0.0, KL 0, top-1 agreement 100.0% (48 tokens)" in printed
+    assert AttnResConfig.from_pretrained(tmp_path / "out").sublayers_per_block == 2
+
+
+def test_options_reach_the_conversion(tmp_path, capsys):
+    source = save_backbone(tmp_path / "source", tie_word_embeddings=True)
+    options = ["--sublayers-per-block", "3", "--depth-weights", "mean", "--dtype", "bfloat16", "--no-check"]
+    assert main([str(source), str(tmp_path / "out"), *options]) == 0
+    assert "Skipped on request" in capsys.readouterr().out
+    config = AttnResConfig.from_pretrained(tmp_path / "out")
+    assert (config.sublayers_per_block, config.depth_weights, str(config.dtype)) == (3, "mean", "torch.bfloat16")
+    assert main([str(source), str(tmp_path / "out"), "--overwrite", "--dry-run"]) == 0
+    assert "Dry run: nothing was written." in capsys.readouterr().out
+    assert AttnResConfig.from_pretrained(tmp_path / "out").sublayers_per_block == 3
+    drop = ["--drop-keys", "^nothing$", "--drop-keys", r"^model\.norm\.weight$"]
+    assert main([str(source), str(tmp_path / "out"), "--overwrite", *drop]) == 1
+    assert "missing: model.norm.weight" in capsys.readouterr().err
+
+
+def test_there_and_back(tmp_path, llama, capsys):
+    paths = {name: str(tmp_path / name) for name in ("attnres", "back", "mean", "fla", "again")}
+    assert main([str(llama), paths["attnres"]]) == 0
+    assert main([paths["attnres"], paths["back"], "--to-prenorm"]) == 0
+    assert weights(tmp_path / "back").keys() == weights(llama).keys()
+    assert main([str(llama), paths["mean"], "--depth-weights", "mean"]) == 0
+    capsys.readouterr()
+    assert main([paths["mean"], paths["fla"], "--to-dialect", "fla"]) == 0
+    assert main([paths["fla"], paths["again"], "--dialect", "fla"]) == 0
+    printed = capsys.readouterr().out
+    assert "mean (attnres, llama) -> fla (fla)" in printed
+    assert "left out    model.layers.0.attn_res_norm.weight, model.layers.0.attn_res_proj.weight" in printed
+
+
+def test_errors_are_one_message_and_no_traceback(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("attnres-convert: error: `source` is neither an existing path nor a Hub id")
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("options", [["--num-blocks", "2", "--sublayers-per-block", "2"], ["--dtype", "int4"], []])
+def test_wrong_usage_exits_with_two(options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(options and ["source", "out", *options])
+    assert exit_.value.code == 2
+    assert "usage: attnres-convert" in capsys.readouterr().err
+
+
+def test_console_script_is_declared():
+    (script,) = entry_points(group="console_scripts", name="attnres-convert")
+    assert script.load() is main
+
+
+def test_report_is_json_that_the_folder_keeps(tmp_path, llama):
+    main([str(llama), str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    assert report["source_name"] == "llama"
+    assert report["written"] is True
+    assert report["seconds"] > 0
