@@ -25,6 +25,9 @@ from statsmodels.stats.multitest import multipletests
 
 
 LEVEL = 0.95
+# Log-likelihoods are float32 sums. Relative differences below this are rounding, which a test on many items would find
+# significant however small it is, so they count as none.
+ROUNDING = 1e-6
 # Elements of one batch of bootstrap resamples: 64 MB of float64.
 BATCH_ELEMENTS = 8_000_000
 
@@ -118,6 +121,7 @@ def compare(
         weights: `[n]`.
     """
     differences = variant - baseline
+    differences[np.abs(differences) <= ROUNDING * np.maximum(np.abs(baseline), np.abs(variant))] = 0
     value, se = score(differences, weights)
     half = stats.t.ppf((1 + LEVEL) / 2, differences.size - 1) * se
     binary = all(np.isin(array, (0, 1)).all() for array in (baseline, variant, weights))

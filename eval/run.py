@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
+
+import yaml
 
 from . import provenance
 from .records import RunError
@@ -36,10 +37,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """lm-eval's own parser on `arguments`, with our tasks before the user's `--include_path`."""
     from lm_eval._cli import HarnessCLI
 
-    harness = HarnessCLI()
-    with mock.patch.object(sys, "argv", ["lm-eval", "run", *arguments]):
+    harness, argv = HarnessCLI(), sys.argv
+    sys.argv = ["lm-eval", "run", *arguments]  # the only place where lm-eval looks for them
+    try:
         namespace = harness.parse_args()
-    namespace.include_path = [str(TASKS_PATH), *([namespace.include_path] if namespace.include_path else [])]
+    finally:
+        sys.argv = argv
+    theirs = namespace.include_path
+    if theirs is None and namespace.config and Path(namespace.config).is_file():
+        # Ours, given as an option, would override the file's.
+        theirs = (yaml.safe_load(Path(namespace.config).read_text("utf-8")) or {}).get("include_path")
+    namespace.include_path = [str(TASKS_PATH), *([theirs] if theirs else [])]
     return namespace
 
 

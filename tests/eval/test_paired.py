@@ -120,6 +120,13 @@ def test_no_difference_and_constant_difference():
     assert paired.bootstrap_p_value(np.full(30, 0.5), ONES(30), resamples=99, seed=0) == 0.01  # the least of 99
 
 
+def test_rounding_is_no_difference():
+    a = np.random.default_rng(7).gamma(4, 0.5, size=200)
+    rounded = paired.compare(a, a * (1 + 1e-7), ONES(200), resamples=99)
+    assert (rounded.value, rounded.p_value) == (0, 1)
+    assert paired.compare(a, a * (1 + 1e-5), ONES(200), resamples=99).p_value == 0.01
+
+
 def test_holm_by_hand():
     # Sorted 0.01, 0.03, 0.04 times 3, 2, 1; never below the one before.
     assert paired.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])

@@ -18,6 +18,7 @@ from modeling_attnres.eval import provenance
 from modeling_attnres.eval.cli import main
 from modeling_attnres.eval.comparison import Model, compare_models
 from modeling_attnres.eval.records import load_run
+from modeling_attnres.eval.run import parse
 from modeling_attnres.eval.tasks import TASKS_PATH
 
 
@@ -141,6 +142,14 @@ class TestCommand:
         assert self.run(checkpoint, tmp_path / "out", "--tasks", "attnres_lookup_1", "--limit", "1") == 2
         assert "did not write the samples of task attnres_lookup_1" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
+
+
+def test_include_path_of_a_config_file_is_kept(tmp_path):
+    (tmp_path / "run.yaml").write_text("tasks: [attnres_lookup_1]\ninclude_path: from_file\n")
+    config = ["--config", str(tmp_path / "run.yaml")]
+    assert parse(config).include_path == [str(TASKS_PATH), "from_file"]
+    assert parse([*config, "--include_path", "given"]).include_path == [str(TASKS_PATH), "given"]
+    assert parse(["--tasks", "attnres_lookup_1"]).include_path == [str(TASKS_PATH)]
 
 
 def test_output_must_be_new(checkpoint, tmp_path, capsys):
