@@ -222,6 +222,12 @@ class AttnResPreTrainedModel(PreTrainedModel):
             setattr(self, flag, getattr(backbone, flag))
         super().__init__(config, *args, **kwargs)
 
+    def initialize_weights(self):
+        # The backbone by itself, before: in what it takes for custom code, Transformers passes over modules without
+        # weights of their own, and some of those initialise their children's (the routers of qwen3_next).
+        self.base_model.backbone.initialize_weights()
+        super().initialize_weights()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

@@ -315,6 +315,18 @@ def test_builds_on_the_meta_device(model_type):
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("model_type", BACKBONES)
+def test_weights_that_a_checkpoint_lacks_are_initialised(model_type):
+    """All of them here, from the meta device: none is left as the memory happened to be."""
+    expected = AttnResForCausalLM(tiny_config(model_type)).state_dict()
+    found = AttnResForCausalLM.from_pretrained(None, config=tiny_config(model_type), state_dict={}).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if tensor.is_floating_point() and tensor.numel() > 64:
+            torch.testing.assert_close(found[name].mean(), tensor.mean(), rtol=0, atol=0.02, msg=name)
+            torch.testing.assert_close(found[name].std(), tensor.std(), rtol=0.5, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_tied_embeddings_follow_the_backbones_config(tie):
     model = tiny_model("llama", tie_word_embeddings=tie)

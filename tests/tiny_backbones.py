@@ -40,7 +40,7 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "mistral": {"head_dim": 8, "sliding_window": 4},
     "smollm3": {},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"head_dim": 8, "mlp_only_layers": [1], **_EXPERTS},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
     "deepseek_v3": {
@@ -55,7 +55,7 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
     "qwen3_next": {
-        "head_dim": 8,
+        "head_dim": 16,
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
         "linear_num_key_heads": 2,
