@@ -75,9 +75,10 @@ def test_files(runs):
     assert "| Alias of mc | 3 | acc ↑ % | 10 | 60.00 ± 16.33 |" in (outputs / "c.md").read_text()
     assert (outputs / "c.png").read_bytes().startswith(b"\x89PNG")
     with (outputs / "c.csv").open() as file:
-        numbers = {line["row"]: line for line in csv.DictReader(file)}
-    assert float(numbers["Alias of mc"]["difference"]) == pytest.approx(0.1)
-    assert set(numbers) == {*rows, "Macro average", "Macro average, centred"}
+        numbers = {(line["panel"], line["row"]): float(line["difference"]) for line in csv.DictReader(file)}
+    assert numbers["shares", "Alias of mc"] == pytest.approx(0.1)
+    assert numbers["gold answers' bits per byte", "Alias of mc"] < 0
+    assert {row for panel, row in numbers} == {*rows, "Macro average", "Macro average, centred"}
 
     (index,) = yaml.safe_load((outputs / "c.yaml").read_text())["model-index"]
     values = {entry["dataset"]["name"]: entry["metrics"][0]["value"] for entry in index["results"]}
