@@ -18,7 +18,7 @@ from pathlib import Path
 from .timing import Timing
 
 
-AXES = {"T": "tokens T", "N": "blocks N (L = {L})", "L": "sublayers L (S = {S})"}
+AXES = {"T": "tokens T (L = {L}, S = {S})", "N": "blocks N (T = 512, L = {L})", "L": "sublayers L (T = 512, S = {S})"}
 CURVES = {
     "mean": ("two-phase, mean", "C0", "o"),
     "sum": ("two-phase, sum", "C2", "s"),

@@ -20,15 +20,18 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from .counting import chunked_summaries_bytes, operations_per_sublayer, saved_for_backward
 from .models import DTYPES, PRESETS, Lineup, Shape, build_lineup, check_equality
 from .timing import (
     Ratio,
     Timing,
+    mixer_actions,
     ratio,
+    take_turns,
     time_compiled,
     time_decode,
-    time_mixers,
     time_prefill,
     time_training,
 )
@@ -133,7 +136,7 @@ def _figure(name: str, timings: dict[str, Timing], ours: str = "block") -> Figur
 
 def _prefill() -> tuple[list[Figure], dict]:
     figures, raw = [], {}
-    for dtype, tokens, rounds in (("fp32", 512, 11), ("bf16", 512, 15), ("bf16", 2048, 7)):
+    for dtype, tokens, rounds in (("fp32", 512, 9), ("bf16", 512, 11), ("bf16", 2048, 5)):
         name = f"prefill {tokens} {dtype}"
         lineup = _gated(dtype, ["figure2", "block", "block-sum"])
         raw[name] = time_prefill(lineup, 1, tokens, rounds, name)
@@ -180,9 +183,12 @@ def operations_figures(shape: Shape) -> list[Figure]:
     return [Figure("operations per sublayer", *values)]
 
 
-def saved_figures(shape: Shape, tokens: int = 32) -> list[Figure]:
-    """Bytes kept for backward over the base's; every part of them is proportional to the number of tokens."""
-    lineup = build_lineup(shape, ["block", "block-sum", "figure2", "full", "full-sum"])
+def saved_figures(shape: Shape, tokens: int = 128) -> list[Figure]:
+    """Bytes kept for backward over the base's; all but the folded queries is proportional to the number of tokens."""
+    # The vocabulary has no part in it: logits are not saved, and the embedding saves token ids.
+    lineup = build_lineup(
+        dataclasses.replace(shape, vocab_size=64), ["block", "block-sum", "figure2", "full", "full-sum"]
+    )
     base = saved_for_backward(lineup, "base", tokens).saved
     values = {
         variant: _exactly(saved_for_backward(lineup, variant, tokens).saved / base)
@@ -230,9 +236,11 @@ def _against(timings: dict[str, Timing], reference: str) -> list[Ratio]:
 
 
 def sweep_mixers(
-    shape: Shape, tokens: tuple[int, ...], blocks: dict[int, int], sublayers: tuple[int, ...], rounds: int = 9
+    shape: Shape, tokens: tuple[int, ...], blocks: dict[int, int], sublayers: tuple[int, ...], rounds: int = 7
 ) -> dict[str, dict[str, Timing]]:
     """Depth attention alone against T, N and depth, everything else as in `shape` at T = 512.
+
+    All cases take turns in the same rounds, so that growth too is a ratio within a round.
 
     Args:
         tokens: values of T.
@@ -247,7 +255,10 @@ def sweep_mixers(
     cases = {f"mixer T={value}": (depth, size, dim, value) for value in tokens}
     cases |= {f"mixer N={value}": (depth, block, dim, at) for value, block in blocks.items()}
     cases |= {f"mixer L={value}": (value, size, dim, at) for value in sublayers}
-    return {name: time_mixers(*case, rounds, description=name) for name, case in cases.items()}
+    actions = {(name, form): action for name, case in cases.items() for form, action in mixer_actions(*case).items()}
+    with torch.no_grad():
+        timings = take_turns(actions, rounds, description="mixer")
+    return {name: {form: timings[name, form] for form in ("mean", "sum", "figure2")} for name in cases}
 
 
 GROUPS: dict[str, Callable[[], tuple[list[Figure], dict]]] = {

@@ -16,6 +16,7 @@
 Letters: B batch, T tokens, D hidden size, L sublayers, S sublayers per block.
 """
 
+import functools
 import gc
 import statistics
 import time
@@ -130,7 +131,10 @@ def time_decode(
     with torch.no_grad():
         for name, model in lineup.models.items():
             cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
-            actions[name] = _step(model, token, cache)
+            step = _step(model, token, cache)
+            if model.config.model_type == AttnResConfig.model_type:
+                step = functools.partial(step, block_summaries=BlockSummaries())  # as `generate` does
+            actions[name] = step
         return take_turns(actions, rounds, warmup=warmup, description=description)
 
 
@@ -170,11 +174,8 @@ def time_compiled(
     return prefill, decode
 
 
-def _step(model, input_ids: torch.Tensor, cache: Cache) -> Callable[[], object]:
-    arguments = {"input_ids": input_ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    if model.config.model_type == AttnResConfig.model_type:
-        arguments["block_summaries"] = BlockSummaries()  # `generate` keeps one for all its steps
-    return lambda: model(**arguments)
+def _step(model, input_ids: torch.Tensor, cache: Cache) -> Callable[..., object]:
+    return functools.partial(model, input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def _static_cache(lineup: Lineup, batch: int, length: int) -> StaticCache:
@@ -217,22 +218,18 @@ def time_training(lineup: Lineup, batch: int, tokens: int, rounds: int, descript
             model.eval()
 
 
-def time_mixers(
+def mixer_actions(
     num_sublayers: int,
     sublayers_per_block: int,
     hidden_size: int,
     tokens: int,
-    rounds: int,
     dtype: torch.dtype = torch.float32,
     batch: int = 1,
-    depth_weights: tuple[str, ...] = ("mean", "sum"),
-    figure2: bool = True,
-    description: str = "",
-) -> dict[str, Timing]:
-    """Depth attention alone: the sublayers hand back ready tensors.
+) -> dict[str, Callable[[], object]]:
+    """Depth attention alone, to be timed without gradients: the sublayers hand back ready tensors.
 
     Returns:
-        Timings of `"mean"` and `"sum"` (two-phase) and `"figure2"`.
+        Actions for `"mean"` and `"sum"` (two-phase) and `"figure2"`.
     """
     generator = torch.Generator().manual_seed(0)
     embedding, *outputs = (torch.randn(batch, tokens, hidden_size, generator=generator).to(dtype) for _ in range(5))
@@ -241,8 +238,8 @@ def time_mixers(
     query = (torch.randn(num_sublayers, hidden_size, generator=generator) * 0.03).to(dtype)
     key_norm = torch.ones(num_sublayers, hidden_size, dtype=dtype)
     arguments = (embedding, sublayers, query, key_norm, 1e-6, sublayers_per_block)
-    actions = {form: lambda form=form: attention_residuals(*arguments, form) for form in depth_weights}
-    if figure2:
-        actions["figure2"] = lambda: figure2_stack(*arguments)
-    with torch.no_grad():
-        return take_turns(actions, rounds, warmup=2, description=description)
+    return {
+        "mean": lambda: attention_residuals(*arguments, "mean"),
+        "sum": lambda: attention_residuals(*arguments, "sum"),
+        "figure2": lambda: figure2_stack(*arguments),
+    }

@@ -24,8 +24,7 @@ def test_sum_is_held_to_its_own_count_of_operations():
 
 
 def test_figure_2_saves_what_the_paper_form_is_known_to_save():
-    # The vocabulary has no part in it.
-    block, _ = saved_figures(dataclasses.replace(SHAPE, vocab_size=64), tokens=4)
+    block, _ = saved_figures(SHAPE, tokens=4)
 
     assert block.figure2.median == pytest.approx(2.63, abs=0.01)
 
@@ -44,18 +43,12 @@ def test_sweep_covers_tokens_blocks_and_depth():
 
 @pytest.mark.parametrize("group", ["prefill", "training", "decode", "mixer"])
 def test_every_timing_group_yields_rows_with_bars(group, monkeypatch):
-    def quick(timer, limits):
-        def run(*args, **kwargs):
-            return timer(*args, **{**kwargs, **limits})
-
-        return run
-
     tiny = dataclasses.replace(PRESETS["tiny"], num_layers=2)
     monkeypatch.setattr(published, "SHAPE", tiny)
     monkeypatch.setattr(published, "SWEEP_BLOCKS", {4: 1, 15: 1})
     monkeypatch.setattr(published, "SWEEP_SUBLAYERS", (4,))
-    monkeypatch.setattr(published, "sweep_mixers", quick(published.sweep_mixers, {"rounds": 1}))
     monkeypatch.setattr("modeling_attnres.eval.bench.timing.take_turns", _one_round)
+    monkeypatch.setattr(published, "take_turns", _one_round)
     monkeypatch.setattr(published, "_gated", lambda *args: published.build_lineup(tiny, args[1]))
 
     figures, timings = published.GROUPS[group]()
