@@ -246,14 +246,15 @@ def library_to_fla(config: PreTrainedConfig) -> dict[str, Any]:
     rope = config.rope_parameters
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     problems = {
-        "a head_dim other than hidden_size / heads": head_dim * config.num_attention_heads != config.hidden_size,
+        "head_dim other than hidden_size / heads": head_dim * config.num_attention_heads != config.hidden_size,
         "scaled rotary embeddings": rope.get("rope_type", "default") != "default",
         "biases of attention or MLP": bool(
             getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
         ),
-        f"the activation {config.hidden_act!r}": config.hidden_act not in ("silu", "swish"),
+        f"activation {config.hidden_act!r}": config.hidden_act not in ("silu", "swish"),
+        "attention dropout": bool(config.attention_dropout),
         "sliding windows on some layers": "sliding_attention" in (getattr(config, "layer_types", None) or ()),
-        f"a q/k norm epsilon of {config.rms_norm_eps}": qk_norm and config.rms_norm_eps != _FLA_QK_NORM_EPS,
+        f"q/k norm epsilon of {config.rms_norm_eps}": qk_norm and config.rms_norm_eps != _FLA_QK_NORM_EPS,
     }
     found = [problem for problem, is_there in problems.items() if is_there]
     if found:

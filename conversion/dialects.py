@@ -33,7 +33,7 @@ from modeling_attnres import AttnResConfig
 
 from .backbone_configs import fla_to_library, kimi_k3_to_library, library_to_fla, library_to_kimi_k3
 from .checkpoint import Checkpoint, CheckpointError, ConversionError, shorten
-from .source import Source, build_config, without_dropped
+from .source import Source, build_config, check_not_quantised, without_dropped
 
 
 class DialectError(ConversionError):
@@ -246,12 +246,15 @@ def read_dialect(checkpoint: Checkpoint, dialect: Dialect, drop_keys: tuple[str,
         raise DialectError(f"{where}: dialect '{dialect.name}' needs `{dialect.block_field}` >= 1, got {units!r}.")
     library_fields = dialect.read_config(fields, _shapes(checkpoint))
     library_fields.pop(dialect.block_field, None)
+    check_not_quantised(checkpoint)
     text_config = build_config(library_fields, where)
     num_layers = text_config.num_hidden_layers
 
     shards, dropped = without_dropped(checkpoint, drop_keys)
     prefix = "language_model." if nested else ""
     stored = {name.removeprefix(prefix): tensor for shard in shards for name, tensor in shard}
+    if len(stored) < sum(map(len, shards)):
+        raise CheckpointError(f"{checkpoint.folder}: tensors are stored twice, with and without '{prefix}'.")
     query, key_norm, taken, unread = _read_depth(stored, dialect, num_layers, text_config.hidden_size, where)
     rest = [name for name in stored if name not in taken]
     names = {name: name for name in rest}

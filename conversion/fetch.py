@@ -16,7 +16,7 @@
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .checkpoint import ConversionError
@@ -47,16 +47,18 @@ def fetch_source(source: str | Path, work: Path, dtype: torch.dtype | None) -> t
 
 
 def _download(repo_id: str) -> Path:
+    """The repository's own folder in the Hub's cache, which also serves offline."""
+    described = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
     try:
-        files = HfApi().list_repo_files(repo_id)
         # Repositories often hold the same weights in several formats.
-        has_safetensors = any(name.endswith(".safetensors") for name in files)
-        weights = "*.safetensors" if has_safetensors else "*.bin"
-        patterns = [weights, "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        for weights in ("*.safetensors", "*.bin"):
+            folder = Path(snapshot_download(repo_id, allow_patterns=[weights, *described], ignore_patterns=["*/*"]))
+            if any(folder.glob(weights)):
+                break
     except HFValidationError as error:
         raise ConversionError(f"`source` is neither an existing path nor a Hub id: {repo_id!r} ({error}).") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
             f"`source` {repo_id!r} is no existing path, and could not be fetched from the Hub: {error}"
         ) from error
+    return folder

@@ -93,14 +93,14 @@ def read_prenorm(checkpoint: Checkpoint, drop_keys: tuple[str, ...] = ()) -> Sou
         drop_keys: regular expressions of tensor names to leave out.
     """
     config = build_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    _check_not_quantised(checkpoint)
+    check_not_quantised(checkpoint)
     shards, dropped = without_dropped(checkpoint, drop_keys)
     return Source("prenorm", checkpoint, config.get_text_config(), shards, dropped=dropped)
 
 
 def read_attnres(checkpoint: Checkpoint, drop_keys: tuple[str, ...] = ()) -> Source:
     """A checkpoint of this package."""
-    _check_not_quantised(checkpoint)
+    check_not_quantised(checkpoint)
     config = build_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     shards, dropped = without_dropped(checkpoint, drop_keys)
     stored = checkpoint.tensors
@@ -128,7 +128,8 @@ def without_dropped(checkpoint: Checkpoint, drop_keys: tuple[str, ...]):
     return shards, tuple(sorted(dropped))
 
 
-def _check_not_quantised(checkpoint: Checkpoint):
+def check_not_quantised(checkpoint: Checkpoint):
+    """Raises `ConversionError` unless all weights are plain floating-point numbers."""
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         quantization = (checkpoint.config.get("text_config") or {}).get("quantization_config")

@@ -133,7 +133,7 @@ def test_tokenizer_whose_class_follows_from_the_model_type(tmp_path):
 
 def test_code_of_the_source_is_not_carried_along(tmp_path, llama):
     edit_json(llama / "config.json", auto_map={"AutoModelForCausalLM": "modeling_other.Other"})
-    convert(llama, tmp_path / "out", check=False)
+    assert convert(llama, tmp_path / "out").max_logit_difference == 0.0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "auto_map" not in config["text_config"]
     assert config["auto_map"] == {
@@ -383,6 +383,15 @@ def test_missing_sources_are_named(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ConversionError, match=r"got the file .*notes\.txt"):
         convert(tmp_path / "notes.txt", tmp_path / "out")
+
+
+def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConversionError, match="'user/none' is no existing path, and could not be fetched from the Hub"
+    ):
+        convert("user/none", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_gguf_is_refused(tmp_path):

@@ -255,8 +255,9 @@ def test_what_is_written_is_what_the_dialect_says(tmp_path):
         ("fla", "llama", 3, "mean", {}, "blocks of 1 or an even number, got 3"),
         ("fla", "mixtral", 2, "mean", {}, "written for llama, qwen2, qwen3, mistral backbones, got 'mixtral'"),
         ("fla", "llama", 2, "mean", {"attention_bias": True}, "no biases of attention or MLP"),
-        ("fla", "qwen3", 2, "mean", {"head_dim": 16}, "no a head_dim other than hidden_size / heads; no a q/k norm"),
-        ("fla", "llama", 2, "mean", {"hidden_act": "gelu"}, "no the activation 'gelu'"),
+        ("fla", "qwen3", 2, "mean", {"head_dim": 16}, "no head_dim other than hidden_size / heads; no q/k norm"),
+        ("fla", "llama", 2, "mean", {"hidden_act": "gelu"}, "has no activation 'gelu'"),
+        ("fla", "llama", 2, "mean", {"attention_dropout": 0.1}, "no attention dropout"),
     ],
 )
 def test_what_a_dialect_cannot_express_is_not_written(
@@ -346,6 +347,24 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path, save):
         save_file(stored, file)
         with pytest.raises((CheckpointError, DialectError), match=message):
             convert(tmp_path / "source", tmp_path / "out")
+
+
+def test_same_tensor_with_and_without_the_prefix(tmp_path):
+    save_k3(tmp_path / "k3", nested=True)
+    stored = weights(tmp_path / "k3")
+    save_file({**stored, "model.norm.weight": torch.ones(D)}, tmp_path / "k3" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"stored twice, with and without 'language_model\.'"):
+        convert(tmp_path / "k3", tmp_path / "out")
+
+
+def test_vision_tensors_are_left_out_only_by_name(tmp_path):
+    save_k3(tmp_path / "k3", nested=True)
+    stored = weights(tmp_path / "k3")
+    save_file({**stored, "vision_tower.patch.weight": torch.ones(D)}, tmp_path / "k3" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unknown: vision_tower\.patch\.weight"):
+        convert(tmp_path / "k3", tmp_path / "out")
+    report = convert(tmp_path / "k3", tmp_path / "out", drop_keys=("^vision_tower",))
+    assert report.dropped_keys[-1] == "vision_tower.patch.weight"
 
 
 def test_depth_tensors_without_a_block_size_are_not_lost(tmp_path):
