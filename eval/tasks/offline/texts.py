@@ -35,21 +35,25 @@ def read(name: str) -> list[dict]:
 
 
 def passages(texts: str, **_) -> dict[str, Dataset]:
-    """Args:
-    texts: `"shakespeare"` or `"python_reference"`.
+    """Documents of `source` and `text`.
+
+    Args:
+        texts: `"shakespeare"` or `"python_reference"`.
     """
     return {"test": Dataset.from_list(read(texts)[:PASSAGES_TO_COMPRESS])}
 
 
-def distractors(word: str, vocabulary: list[str], avoid: set[str], rng: random.Random) -> list[str]:
-    """Words of the same text with the same ending and about the same length: mostly the same part of speech."""
+def distractors(word: str, vocabulary: list[str], rng: random.Random) -> list[str]:
+    """Words of the same text with the same ending and about the same length: mostly the same part of speech.
 
-    def alike(other: str) -> bool:
-        return other[-2:] == word[-2:] and abs(len(other) - len(word)) <= 2
-
-    fitting = [other for other in vocabulary if alike(other) and other not in avoid]
+    A word with an ending too rare for that gets words of its length.
+    """
+    others = [other for other in vocabulary if other != word]
+    fitting = [other for other in others if other[-2:] == word[-2:] and abs(len(other) - len(word)) <= 2]
     if len(fitting) < CHOICES - 1:
-        fitting = [other for other in vocabulary if len(other) == len(word) and other not in avoid]
+        fitting = [other for other in others if len(other) == len(word)]
+    if len(fitting) < CHOICES - 1:
+        fitting = sorted(others, key=lambda other: abs(len(other) - len(word)))[:10]
     return rng.sample(fitting, CHOICES - 1)
 
 
@@ -71,7 +75,7 @@ def cloze(texts: str, item_seed: int = 0, **_) -> dict[str, Dataset]:
         text = record["text"]
         match = rng.choice([found for found in WORD.finditer(text) if found.start() > CONTEXT_CHARACTERS])
         context = text[match.start() - CONTEXT_CHARACTERS : match.start()].split(maxsplit=1)[1].rstrip()
-        choices = distractors(match[0], vocabulary, {match[0]}, rng) + [match[0]]
+        choices = distractors(match[0], vocabulary, rng) + [match[0]]
         rng.shuffle(choices)
         documents.append(
             {
