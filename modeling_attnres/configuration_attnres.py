@@ -17,6 +17,7 @@ Letters: L sublayers (the paper's layers: a token mixer or a feed-forward, two p
 block, N blocks.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -86,6 +87,8 @@ class AttnResConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         num_blocks = kwargs.pop("num_blocks", None)
         _check_text_config(self.text_config)
+        # Setting up the wrapper resets attributes of its parts, and a dense model may be running on this very object.
+        self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
         if num_blocks is not None:
             if self.sublayers_per_block is not None:

@@ -1,9 +1,10 @@
 import math
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny_backbones import BACKBONES, NUM_SUBLAYERS, tiny_backbone
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+from tiny_backbones import BACKBONES, NUM_SUBLAYERS, tiny_backbone, tiny_inputs
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from modeling_attnres import AttnResConfig
 
@@ -113,6 +114,16 @@ def test_backbone_attributes_are_read_through(model_type):
     assert config.depth_norm_eps == text_config.rms_norm_eps
     assert config.get_text_config() is config.text_config
     assert not hasattr(config, "no_such_attribute")
+
+
+def test_the_given_config_stays_as_it_was():
+    """A dense model runs on it, with an attention implementation that setting up a wrapper would reset."""
+    dense = AutoModelForCausalLM.from_config(tiny_backbone("llama")).eval()
+    before = dense(tiny_inputs()).logits
+    config = AttnResConfig(text_config=dense.config, num_blocks=2)
+    config.text_config.vocab_size = 5
+    assert torch.equal(dense(tiny_inputs()).logits, before)
+    assert dense.config.vocab_size != 5
 
 
 def test_text_config_as_a_dict():
