@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from tqdm import tqdm
 
 from . import paired
 from .benchmarks import REPORT
@@ -306,9 +307,10 @@ def compare_models(
     check_equal_settings(runs, selected)
     baseline, *variants = models
     keys = row_keys(runs[0], selected, all_metrics)
-    rows = {
-        variant.name: [compare_row(key, baseline, variant, resamples, seed) for key in keys] for variant in variants
-    }
+    rows = {}
+    for variant in variants:
+        progress = tqdm(keys, desc=variant.name, unit="row", leave=False, disable=None)  # on terminals only
+        rows[variant.name] = [compare_row(key, baseline, variant, resamples, seed) for key in progress]
     rows = corrected(rows)
     # Several metrics of one task would count it several times.
     means = {name: [] if all_metrics else averages(rows[name]) for name in rows}

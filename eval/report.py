@@ -47,10 +47,9 @@ def percent(row: Row | Average) -> bool:
 
 
 def number(value: float, in_percent: bool, sign: bool = False) -> str:
-    value = value * 100 if in_percent else value
     digits = 2 if in_percent else 4
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    return text.replace("-0.00", "0.00") if float(text) == 0 else text
+    value = round(value * 100 if in_percent else value, digits) or 0.0  # no minus before a zero
+    return f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 def p_text(value: float) -> str:
