@@ -225,8 +225,11 @@ def _probe_model(backbone: PreTrainedModel) -> list[dict[str, Any]]:
     if missing:
         raise UnsupportedBackboneError(f"its model has no `{'`, `'.join(missing)}`")
     extra = sorted(set(children) - {"embed_tokens", "layers", "norm", "rotary_emb"})
-    if extra or list(backbone.parameters(recurse=False)):
-        raise UnsupportedBackboneError(f"its model holds more than embedding, layers, norm and rotary: {extra}")
+    extra += [name for name, _ in backbone.named_parameters(recurse=False)]
+    if extra:
+        raise UnsupportedBackboneError(
+            f"its model holds more than embedding, layers, norm and rotary: {', '.join(extra)}"
+        )
 
     calls = []
     stand_ins = {"embed_tokens": _EmbeddingStandIn("embed_tokens", 0, calls), "norm": _StandIn("norm", 1, calls)}
@@ -308,6 +311,9 @@ def _probe_layer(layer: nn.Module, model_kwargs: dict[str, Any]) -> LayerPlan:
     mixing = [name for (name, args, kwargs) in calls if len(args) + len(kwargs) > 1]
     if mixing == [norm_1]:
         raise UnsupportedBackboneError(f"its `{norm_1}` reads the residual stream without a norm: a post-norm decoder")
+    fed_more = [name for name in mixing if name != mixer]
+    if fed_more and mixer in mixing:
+        raise UnsupportedBackboneError(f"its `{', '.join(fed_more)}` reads more than the normed hidden states")
     if mixing != [mixer] or not _is_norm(children[norm_1]) or not _is_norm(children[norm_2]):
         raise UnsupportedBackboneError(
             f"its decoder layer calls {', '.join(order)} where norm, token mixer, norm, feed-forward are due"
@@ -395,7 +401,7 @@ def _probe_head(model: PreTrainedModel):
     children = set(dict(model.named_children()))
     if children != {prefix, "lm_head"} or list(model.parameters(recurse=False)):
         raise UnsupportedBackboneError(
-            f"its language model must be a decoder and `lm_head`, and holds {', '.join(sorted(children))}"
+            f"its language model must be a decoder `{prefix}` and `lm_head`, and holds {', '.join(sorted(children))}"
         )
     if model.lm_head.bias is not None:
         raise UnsupportedBackboneError("its `lm_head` has a bias")

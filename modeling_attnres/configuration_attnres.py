@@ -90,6 +90,11 @@ class AttnResConfig(PreTrainedConfig):
         # Setting up the wrapper resets attributes of its parts, and a dense model may be running on this very object.
         self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
+        if not isinstance(getattr(self.text_config, "num_hidden_layers", None), int):
+            raise ValueError(
+                "`text_config` must describe a decoder and give its `num_hidden_layers`, got a "
+                f"'{self.text_config.model_type}' config (of a multimodal model, pass the text config alone)."
+            )
         if num_blocks is not None:
             if self.sublayers_per_block is not None:
                 raise ValueError(

@@ -389,8 +389,8 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AttnResConfig):
         super().__init__(config)
-        check_language_model_head(config.text_config)
         self.model = AttnResModel(config)
+        check_language_model_head(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
