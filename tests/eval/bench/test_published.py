@@ -4,7 +4,15 @@ import pytest
 
 from modeling_attnres.eval.bench import published
 from modeling_attnres.eval.bench.models import PRESETS
-from modeling_attnres.eval.bench.published import BARS, SHAPE, Figure, chunked_figure, saved_figures, sweep_mixers
+from modeling_attnres.eval.bench.published import (
+    BARS,
+    SHAPE,
+    Figure,
+    chunked_figure,
+    operations_figures,
+    saved_figures,
+    sweep_mixers,
+)
 from modeling_attnres.eval.bench.timing import Ratio
 
 
@@ -27,6 +35,14 @@ def test_figure_2_saves_what_the_paper_form_is_known_to_save():
     block, _ = saved_figures(SHAPE, tokens=4)
 
     assert block.figure2.median == pytest.approx(2.63, abs=0.01)
+
+
+def test_operations_of_a_sublayer_keep_their_bars():
+    (figure,) = operations_figures(SHAPE.narrow())  # at the depth of the published shape
+
+    assert figure.mean.median <= BARS[figure.name].must
+    assert figure.sum.median <= BARS[figure.name].sum_must
+    assert figure.figure2.median == pytest.approx(9.87, abs=0.01)
 
 
 def test_summaries_of_a_chunked_prefill_keep_their_bar():
