@@ -31,9 +31,10 @@ def test_sum_is_held_to_its_own_count_of_operations():
     assert (row["sum"], row["sum must"]) == (13.0, 12.0)
 
 
-def test_figure_2_saves_what_the_paper_form_is_known_to_save():
-    block, _ = saved_figures(SHAPE, tokens=4)
+def test_block_keeps_its_bar_for_saved_bytes_and_figure_2_its_known_cost():
+    block, _ = saved_figures(SHAPE, tokens=32)
 
+    assert max(block.mean.median, block.sum.median) <= BARS[block.name].must
     assert block.figure2.median == pytest.approx(2.63, abs=0.01)
 
 
