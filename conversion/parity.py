@@ -113,10 +113,11 @@ class _AlignedWeights(Mapping):
     then takes another path and differs in the last bits.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor]):
-        self.weights = weights
+    def __init__(self, weights: Mapping[str, torch.Tensor], progress: tqdm):
+        self.weights, self.progress = weights, progress
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        self.progress.update()
         return _aligned(self.weights[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -130,27 +131,32 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
 
 
-def load_for_comparison(
-    folder: Path, dtype: torch.dtype, model_class: type, offload_folder: Path | None
+def load_whole(folder: Path, dtype: torch.dtype, model_class: type) -> PreTrainedModel:
+    """A model in memory, ready to be compared bit by bit."""
+    model = model_class.from_pretrained(folder, dtype=dtype).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = _aligned(tensor.data)
+    return model
+
+
+def load_offloaded(
+    folder: Path, dtype: torch.dtype, model_class: type, offload_folder: Path, progress: tqdm
 ) -> PreTrainedModel:
-    """A model ready to be compared bit by bit.
+    """A model whose weights stay on disk and come into memory one submodule at a time.
 
     Args:
-        offload_folder: if given, the weights stay on disk and come into memory one submodule at a time; what the
-            library has to rearrange first (experts) is put there.
+        offload_folder: for what the library has to rearrange first (experts).
+        progress: counts the tensors as they are read; its total is set to those of one forward.
     """
-    if offload_folder is None:
-        model = model_class.from_pretrained(folder, dtype=dtype).eval()
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = _aligned(tensor.data)
-        return model
     model = model_class.from_pretrained(
         folder, dtype=dtype, device_map={"": "disk"}, offload_folder=offload_folder
     ).eval()
+    progress.reset(total=0)
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         if getattr(hook, "weights_map", None) is not None:
-            hook.weights_map = _AlignedWeights(hook.weights_map)
+            hook.weights_map = _AlignedWeights(hook.weights_map, progress)
+            progress.total += len(list(module.parameters(recurse=False)))
     return model
 
 
@@ -165,8 +171,15 @@ def logits_of(
     """
     size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
     whole = size <= WHOLE_MODEL_BYTES
-    with tempfile.TemporaryDirectory(dir=scratch) as offload_folder:
-        model = load_for_comparison(folder, dtype, model_class, None if whole else Path(offload_folder))
+    with (
+        tempfile.TemporaryDirectory(dir=scratch) as offload_folder,
+        tqdm(desc=f"Running {folder.name}", unit=" tensors", disable=whole) as progress,
+    ):
+        if whole:
+            model = load_whole(folder, dtype, model_class)
+        else:
+            model = load_offloaded(folder, dtype, model_class, Path(offload_folder), progress)
+            progress.total *= len(inputs)
         logits = {name: model(input_ids=tokens, use_cache=False).logits for name, tokens in inputs.items()}
         del model
         gc.collect()  # modules hold reference cycles, and the next model may be as large

@@ -18,12 +18,15 @@ Letters: L sublayers (two per decoder layer), D hidden size, S sublayers per blo
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils import logging
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
 
@@ -184,20 +187,23 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
     stand_ins = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in source.tensors.items()
     }
+    depth_shape = (config.num_sublayers, config.text_config.hidden_size)
+    stand_ins.update((name, torch.empty(depth_shape, device="meta")) for name in (DEPTH_QUERY, DEPTH_KEY_NORM))
     try:
-        model, info = AttnResForCausalLM.from_pretrained(
-            None,
-            config=config,
-            state_dict=stand_ins,
-            device_map="meta",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with _quiet_library():
+            model, info = AttnResForCausalLM.from_pretrained(
+                None,
+                config=config,
+                state_dict=stand_ins,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (RuntimeError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
             f"{source.checkpoint.folder}: its tensors do not fit a '{source.text_config.model_type}' model ({error})."
         ) from error
-    missing = sorted(_plain(name) for name in info["missing_keys"] if ".depth_attention." not in name)
+    missing = sorted(_plain(name) for name in info["missing_keys"])
     unknown = sorted(_plain(name) for name in info["unexpected_keys"])
     problems = []
     if missing:
@@ -210,6 +216,20 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
     if problems:
         raise CheckpointError(f"{source.checkpoint.folder}: weights and config disagree. {'; '.join(problems)}.")
     return model
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """No load report, whose findings become the error, and no progress bar of loading nothing."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _plain(name: str) -> str:

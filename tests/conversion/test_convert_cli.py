@@ -10,7 +10,9 @@ from modeling_attnres.conversion.cli import main
 
 def test_converts_and_prints_the_proof(tmp_path, llama, capsys):
     assert main([str(llama), str(tmp_path / "out"), "--num-blocks", "4"]) == 0
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
+    assert "LOAD REPORT" not in captured.err
     assert "llama (prenorm, llama) -> out (attnres)" in printed
     assert '4 of 2 sublayers (8 in all), depth weights "sum"' in printed
     assert "37,664, of which 512 added" in printed
