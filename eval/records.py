@@ -181,19 +181,24 @@ def load_run(folder: Path) -> Run:
         hint = "name one of their folders" if found else "give the --output folder of `attnres-eval run`"
         raise RunError(f"{folder} holds {len(found)} runs of lm-eval (results_*.json), needs exactly one: {hint}")
     record = found[0].parent / provenance.FILE_NAME
-    return Run(
-        folder=folder,
-        results_path=found[0],
-        results=json.loads(found[0].read_text("utf-8")),
-        provenance=json.loads(record.read_text("utf-8")) if record.is_file() else {},
-    )
+    return Run(folder, found[0], read_json(found[0]), read_json(record) if record.is_file() else {})
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not JSON: {error}") from error
 
 
 def requests(sample: dict) -> list[tuple[str, str]]:
     """The `(context, continuation)` pairs whose likelihood was asked for; none for generation and whole texts."""
     pairs = [tuple(arguments.values()) for arguments in sample["arguments"].values()]
     scored = all(isinstance(response[0], list) and len(response[0]) == 2 for response in sample["resps"])
-    return pairs if scored and all(len(pair) == 2 for pair in pairs) else []
+    if not scored or not all(len(pair) == 2 for pair in pairs):
+        return []
+    # For mutual information, every choice is asked for again at the end, without its context.
+    return [pair for pair in pairs if pair[0]] or pairs
 
 
 def chance(sample: dict) -> float:

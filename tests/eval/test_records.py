@@ -64,6 +64,17 @@ def test_gold_answer_that_could_be_index_or_text(tmp_path, best, acc, gold):
         assert items.gold_bits[0] * math.log(2) == pytest.approx(1.0)
 
 
+def test_choices_asked_for_twice_count_once(tmp_path):
+    """lm-eval's mutual information adds each choice without its context."""
+    pairs = [(context, f" {word}") for context in ("Q:", "") for word in ("tin", "gold")]
+    likelihoods = [[[value, "False"]] for value in ("-3.0", "-1.0", "-9.0", "-5.0")]
+    both = sample("twice", 0, {"acc": 1.0}, "1", pairs, likelihoods)
+    items = load_run(write_run(tmp_path / "run", {"twice": [both]})).items("twice", "acc", "none")
+    assert items.chance.tolist() == [0.5]
+    assert items.gold_bits * math.log(2) == pytest.approx(np.array([1.0]))
+    assert items.gold_bytes.tolist() == [5]
+
+
 def test_no_gold_where_contexts_vary_or_text_is_generated(tmp_path):
     varied = sample(
         "contexts",
@@ -113,6 +124,12 @@ def test_two_runs_in_one_folder(tmp_path):
         write_run(tmp_path / name, {"mc": multiple_choice("mc", [1, 0])})
     with pytest.raises(RunError, match="holds 2 runs"):
         load_run(tmp_path)
+
+
+def test_broken_results(folder):
+    (folder / f"results_{DATE}.json").write_text('{"results": ')
+    with pytest.raises(RunError, match="is not JSON"):
+        load_run(folder)
 
 
 def test_missing_samples(folder):
