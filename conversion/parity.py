@@ -175,12 +175,17 @@ def logits_of(
         tempfile.TemporaryDirectory(dir=scratch) as offload_folder,
         tqdm(desc=f"Running {folder.name}", unit=" tensors", disable=whole) as progress,
     ):
-        if whole:
-            model = load_whole(folder, dtype, model_class)
-        else:
-            model = load_offloaded(folder, dtype, model_class, Path(offload_folder), progress)
-            progress.total *= len(inputs)
-        logits = {name: model(input_ids=tokens, use_cache=False).logits for name, tokens in inputs.items()}
+        try:
+            if whole:
+                model = load_whole(folder, dtype, model_class)
+            else:
+                model = load_offloaded(folder, dtype, model_class, Path(offload_folder), progress)
+                progress.total *= len(inputs)
+            logits = {name: model(input_ids=tokens, use_cache=False).logits for name, tokens in inputs.items()}
+        except OSError:
+            raise  # the disk's, not the model's
+        except Exception as error:  # a config may build a model that its own code cannot run
+            raise ParityError(f"{folder}: the model does not run ({type(error).__name__}: {error}).") from error
         del model
         gc.collect()  # modules hold reference cycles, and the next model may be as large
     how = "whole" if whole else f"one submodule at a time from disk ({size / 1e9:.1f} GB are too much to load)"

@@ -28,7 +28,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
-from modeling_attnres import AttnResConfig, AttnResForCausalLM
+from modeling_attnres import AttnResConfig, AttnResForCausalLM, UnsupportedBackboneError
 
 from .checkpoint import Checkpoint, CheckpointError, ConversionError, PickledTensor, StoredTensor, shorten
 
@@ -182,8 +182,7 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
         UnsupportedBackboneError: if the backbone is not a PreNorm decoder of the supported form.
         CheckpointError: if a tensor is missing, unknown or of another shape than the config says.
     """
-    with torch.device("meta"):
-        AttnResForCausalLM(config)  # a backbone that is refused is refused before its tensors are
+    _check_builds(source, config)  # a backbone that is refused is refused before its tensors are
     stand_ins = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in source.tensors.items()
     }
@@ -199,7 +198,7 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{source.checkpoint.folder}: its tensors do not fit a '{source.text_config.model_type}' model ({error})."
         ) from error
@@ -216,6 +215,19 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
     if problems:
         raise CheckpointError(f"{source.checkpoint.folder}: weights and config disagree. {'; '.join(problems)}.")
     return model
+
+
+def _check_builds(source: Source, config: AttnResConfig):
+    try:
+        with torch.device("meta"):
+            AttnResForCausalLM(config)
+    except UnsupportedBackboneError:
+        raise
+    except Exception as error:  # on values that make no sense the library's constructors raise whatever they meet
+        raise CheckpointError(
+            f"{source.checkpoint.folder / 'config.json'}: not a valid '{source.text_config.model_type}' config, no model "
+            f"can be built from it ({type(error).__name__}: {error})."
+        ) from error
 
 
 @contextmanager

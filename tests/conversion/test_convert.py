@@ -410,6 +410,7 @@ def test_damaged_gguf_is_refused(tmp_path):
         ({"model_type": "nonesuch"}, "model_type 'nonesuch' is unknown to the installed Transformers"),
         ({"num_hidden_layers": "many"}, "not a valid 'llama' config"),
         ({"hidden_size": 33}, "not a valid 'llama' config"),
+        ({"num_key_value_heads": 0}, "not a valid 'llama' config, no model can be built from it .ZeroDivisionError"),
     ],
 )
 def test_config_and_weights_must_agree(tmp_path, llama, changes, message):
@@ -417,6 +418,14 @@ def test_config_and_weights_must_agree(tmp_path, llama, changes, message):
     with pytest.raises(CheckpointError, match=message):
         convert(llama, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_a_model_that_cannot_run_is_not_written(tmp_path):
+    source = save_backbone(tmp_path / "source", "mixtral")
+    edit_json(source / "config.json", num_experts_per_tok=99)  # of 4
+    with pytest.raises(ParityError, match="source: the model does not run"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_attnres_checkpoint_without_its_depth_tensors(tmp_path, converted):
