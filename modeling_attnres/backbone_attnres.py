@@ -247,6 +247,8 @@ def _probe_model(backbone: PreTrainedModel) -> list[dict[str, Any]]:
 
     hidden_states = stand_ins["embed_tokens"].respond(input_ids)
     masks = create_masks_for_generate(backbone.config, hidden_states, attention_mask, None, position_ids)
+    if any(len(args) + len(kwargs) != 2 for name, args, kwargs in calls if name == "rotary_emb"):
+        raise UnsupportedBackboneError("its rotary embedding takes more than hidden states and positions")
     layer_calls = [(args, kwargs) for name, args, kwargs in calls if name == "layer"]
     if len(layer_calls) != len(layers):
         raise UnsupportedBackboneError(f"its model calls {len(layer_calls)} of its {len(layers)} layers once")
