@@ -48,7 +48,7 @@ def edit_tensors(folder: Path, rng: random.Random):
     if what == "rename":
         new_name = rng.choice([name + ".x", name.replace("layers.1", "layers.7"), "model." + name, name[1:], ""])
     tensor = {
-        "transpose": lambda: tensor.T.contiguous(),
+        "transpose": lambda: tensor.t().contiguous(),
         "flatten": lambda: tensor.reshape(-1),
         "slice": lambda: tensor[: rng.randrange(len(tensor))].clone(),
         "cast": lambda: tensor.to(rng.choice([torch.float16, torch.float64, torch.int32, torch.bool])),
