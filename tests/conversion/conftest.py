@@ -1,13 +1,8 @@
 """Checkpoints on disk for the conversion tests."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # helpers shared by all tests
-
 from tiny_checkpoints import save_backbone
 
 
