@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow lint wheel clean
+.PHONY: install demo test test-slow bench lint wheel clean
 
 install: .venv/installed
 
@@ -21,6 +21,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+bench: install
+	$(BIN)/attnres-bench --published --output build/bench
 
 lint: install
 	$(BIN)/ruff check .

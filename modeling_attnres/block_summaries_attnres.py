@@ -38,8 +38,8 @@ def weighted_sum(weights: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
 
 
 def norm_with_floor(values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-    """`sqrt(sum(v^2) + D * eps)` over the last dimension, the RMSNorm denominator times `sqrt(D)`."""
-    return torch.hypot(torch.linalg.vector_norm(values, dim=-1), norm_floor)
+    """`sqrt(sum(v^2) + D * eps)` over the last dimension, which is kept: the RMSNorm denominator times `sqrt(D)`."""
+    return torch.hypot(torch.linalg.vector_norm(values, dim=-1, keepdim=True), norm_floor)
 
 
 class _LinkSource(torch.autograd.Function):
@@ -49,7 +49,8 @@ class _LinkSource(torch.autograd.Function):
     def forward(ctx, link, source, stored, slot):
         ctx.slot = slot
         ctx.set_materialize_grads(False)
-        return link.view_as(link), stored.detach()
+        # Not `detach()`: later slots are written under the version counter that it would share.
+        return link.view_as(link), stored.data
 
     @staticmethod
     def backward(ctx, link_gradient, alias_gradient):
@@ -132,7 +133,7 @@ class BlockSummaries:
         sources: `[capacity, B, T, D]` in the model's dtype; slots `[:length]` are live.
         norms: `[capacity, B, T]` in at least fp32, `sqrt(sum(v^2) + D * eps)` of each live source: `sqrt(D)` over its
             `1/rms`, see `inv_rms`.
-        scores: `[B, T, L + 1, capacity]` in at least fp32, each live source scored by every query that can read it.
+        scores: `[capacity, L + 1, B, T]` in at least fp32, each live source scored by every query that can read it.
         length: number of live sources.
     """
 
@@ -158,7 +159,7 @@ class BlockSummaries:
             dtype = accumulation_dtype(like.dtype)
             self.sources = like.new_empty(shape)
             self.norms = like.new_empty(shape[:-1], dtype=dtype)
-            self.scores = like.new_empty((*like.shape[:-1], num_queries, capacity), dtype=dtype)
+            self.scores = like.new_empty((capacity, num_queries, *like.shape[:-1]), dtype=dtype)
         self.length = 0
         # Carries the shape and the gradient of `sources` from one operation on the bank to the next, without memory.
         self._gradient_link = like.new_empty(()).expand(shape) if torch.is_grad_enabled() else None
@@ -182,13 +183,12 @@ class BlockSummaries:
         slot = self.length
         if slot == self.sources.shape[0]:
             raise RuntimeError(f"All {slot} slots of the block summaries hold a live source.")
-        values = source.detach()
         stored, norms = self.sources[slot], self.norms[slot]
-        stored.copy_(values)
-        values = values.to(norms.dtype)  # fp32 of one source at a time, never of the bank
+        stored.copy_(source.detach())
+        values = stored.to(norms.dtype)  # fp32 of one source at a time, never of the bank
         torch.hypot(torch.linalg.vector_norm(values, dim=-1), norm_floor, out=norms)
-        dots = torch.matmul(values, queries[first_reader:].detach().T)
-        torch.div(dots, norms.unsqueeze(-1), out=self.scores[..., first_reader:, slot])
+        dots = torch.mm(queries.detach()[first_reader:], values.flatten(0, 1).T)
+        torch.div(dots.view(-1, *norms.shape), norms, out=self.scores[slot, first_reader:])
         self.length += 1
         if self._gradient_link is None:
             return stored
@@ -197,7 +197,7 @@ class BlockSummaries:
 
     def score(self, queries: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """The scores `[B, T, R, n]` that the queries `[first, last)` of `[L + 1, D]` give the live sources."""
-        scores = self.scores[..., first:last, : self.length]
+        scores = self.scores[: self.length, first:last].permute(2, 3, 1, 0)
         if self._gradient_link is not None:
             scores, self._gradient_link = _LinkScores.apply(
                 self._gradient_link, queries[first:last], scores, self.sources, self.norms

@@ -38,7 +38,7 @@ class AttnResConfig(PreTrainedConfig):
     r"""
     Configuration of an AttnRes model: a backbone (`text_config`) and how its residual stream attends over depth.
 
-    Attributes of `text_config` can be read on this config (`config.hidden_size`).
+    Attributes of `text_config` can be read and written on this config (`config.hidden_size`).
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlamaConfig()`):
@@ -115,6 +115,15 @@ class AttnResConfig(PreTrainedConfig):
             if isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
                 return getattr(text_config, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __setattr__(self, name: str, value: Any):
+        # What is read from the backbone's config is written there too: a copy here would hide it and do nothing.
+        own = name.startswith("_") or name in _NOT_FORWARDED or name in self.__dict__ or hasattr(type(self), name)
+        text_config = None if own else self.__dict__.get("text_config")
+        if isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
+            setattr(text_config, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def num_sublayers(self) -> int:

@@ -94,9 +94,9 @@ class DepthRead(NamedTuple):
     """What phase 1 leaves for one sublayer.
 
     Attributes:
-        query: `[D]`, its folded query, in at least fp32.
+        query: `[D, 1]`, its folded query, in at least fp32.
         row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1.
-        stat: `[B, T]`, what the merge needs of the scores (see the forms), in at least fp32.
+        stat: `[B, T, 1]`, what the merge needs of the scores (see the forms), in at least fp32.
         scores: `[B, T, R, n]`, the scores of the whole group, in at least fp32.
         position: which of the R queries this is.
     """
@@ -109,7 +109,7 @@ class DepthRead(NamedTuple):
 
 
 def _as_reads(queries, rows, stat, scores) -> list[DepthRead]:
-    parts = zip(queries.unbind(0), rows.unbind(-2), stat.unbind(-1))
+    parts = zip(queries.unsqueeze(-1).unbind(0), rows.unbind(-2), stat.unbind(-2))
     return [DepthRead(*part, scores, position) for position, part in enumerate(parts)]
 
 
@@ -141,7 +141,7 @@ def read_sources(
     """
     stacked = torch.stack(tuple(sources))
     values = stacked.to(queries.dtype)
-    scores = (values @ queries.T) / norm_with_floor(values, norm_floor).unsqueeze(-1)
+    scores = (values @ queries.T) / norm_with_floor(values, norm_floor)
     scores = scores.movedim(0, -1)  # [B, T, R, n]
     weights, stat = form.phase_one(scores)
     return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked), stat, scores)
@@ -156,12 +156,12 @@ class MeanWeights:
 
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[..., n]` scores to the weights `[..., n]` of the sources and the scores' log-sum-exp `[...]`."""
-        return torch.softmax(scores, dim=-1), torch.logsumexp(scores, dim=-1)
+        """`[..., n]` scores to the weights `[..., n]` of the sources and the scores' log-sum-exp `[..., 1]`."""
+        return torch.softmax(scores, dim=-1), torch.logsumexp(scores, dim=-1, keepdim=True)
 
     @staticmethod
     def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
-        """The recent source's score `[B, T]`, from the relative one that `phase_two` returns."""
+        """The recent source's score `[B, T, 1]`, from the relative one that `phase_two` returns."""
         return read.stat - relative
 
     @staticmethod
@@ -171,8 +171,8 @@ class MeanWeights:
         With one extra source online softmax is `row + p (recent - row)`, `p = sigmoid(score - lse)`.
 
         Returns:
-            the mix `[B, T, D]`, and the recent source's score relative to phase 1's (see `recent_score`) `[B, T]`, or
-            `None` without one.
+            the mix `[B, T, D]`, and the recent source's score relative to phase 1's (see `recent_score`)
+            `[B, T, 1]`, or `None` without one.
         """
         if not state:
             # A copy, so that whoever keeps the mix for its backward does not keep all rows of the group with it.
@@ -217,11 +217,12 @@ class SumWeights(MeanWeights):
 
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[..., n]` scores to `e - 1` `[..., n]` and half of minus the logarithm of `mean(exp(s))` `[...]`."""
+        """`[..., n]` scores to `e - 1` `[..., n]` and half of minus the logarithm of `mean(exp(s))` `[..., 1]`."""
         n = scores.shape[-1]
         # Equal scores have softmax 1 / n exactly as rounded here, so their excess is exactly 0, and so is its logarithm.
         excess = (torch.softmax(scores, dim=-1) - 1 / n) * n
-        return excess, (torch.log1p(excess.amax(dim=-1)) - scores.amax(dim=-1)) * 0.5
+        largest = scores.amax(dim=-1, keepdim=True)
+        return excess, (torch.log1p(excess.amax(dim=-1, keepdim=True)) - largest) * 0.5
 
     @staticmethod
     def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
@@ -258,7 +259,7 @@ def mix_weights(read: DepthRead, relative: torch.Tensor | None, depth_weights: s
     """The weights `[B, T, n]` of a mix, from what phase 1 and [`MeanWeights.phase_two`] computed it with."""
     scores = read.scores[..., read.position, :]
     if relative is not None:
-        scores = torch.cat([scores, FORMS[depth_weights].recent_score(read, relative).unsqueeze(-1)], dim=-1)
+        scores = torch.cat([scores, FORMS[depth_weights].recent_score(read, relative)], dim=-1)
     weights = torch.softmax(scores, dim=-1)
     return weights * weights.shape[-1] if depth_weights == "sum" else weights
 
@@ -333,16 +334,21 @@ class DepthStream:
         self.groups = sublayer_groups(self.num_sublayers, sublayers_per_block)
         # The finished sources, alias by alias of the bank's slots, for layers that recompute phase 1.
         self.sources: list[torch.Tensor] = []
+        # Compiled training leaves what to keep and what to recompute to the compiler: plain autograd, no bank.
+        self.uses_bank = not (torch.is_grad_enabled() and torch.compiler.is_compiling())
 
     def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Empties the bank, files the embedding `[B, T, D]` as the first source; returns the first depth state."""
         capacity = 1 + math.ceil(self.num_sublayers / self.sublayers_per_block)
-        self.bank.reset(embedding, capacity, num_queries=len(self.queries))
+        if self.uses_bank:
+            self.bank.reset(embedding, capacity, num_queries=len(self.queries))
         self._file(embedding)
         return self.form.start(embedding)
 
     def read(self, first: int, last: int) -> list[DepthRead]:
         """Phase 1 for the sublayers `[first, last)`."""
+        if not self.uses_bank:
+            return read_sources(self.queries[first:last], self.sources, self.norm_floor, self.form)
         return read_bank(self.bank, self.queries, first, last, self.form)
 
     def close(self, state: tuple[torch.Tensor, ...], next_sublayer: int) -> tuple[torch.Tensor, ...]:
@@ -359,6 +365,7 @@ class DepthStream:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output mix `[B, T, D]` over all sources, and if asked its weights `[B, T, n]`."""
         (read,) = self.read(self.num_sublayers, self.num_sublayers + 1)
+        state = tuple(tensor.to(read.row.device) for tensor in state)  # where layers sit on several devices
         mix, logit = self.form.phase_two(read, self.norm_floor, *state)
         return mix, mix_weights(read, logit, self.depth_weights) if with_weights else None
 
@@ -367,10 +374,11 @@ class DepthStream:
         return torch.stack((*self.sources, *self.form.recents(state)), dim=-2)
 
     def _file(self, source: torch.Tensor):
-        # Source k is complete when sublayer k * S begins, and no earlier query reads it from the bank.
-        first_reader = self.bank.length * self.sublayers_per_block
-        first_reader = min(first_reader, self.num_sublayers)
-        self.sources.append(self.bank.append(source, self.queries, self.norm_floor, first_reader))
+        if self.uses_bank:
+            # Source k is complete when sublayer k * S begins, and no earlier query reads it from the bank.
+            first_reader = min(self.bank.length * self.sublayers_per_block, self.num_sublayers)
+            source = self.bank.append(source, self.queries, self.norm_floor, first_reader)
+        self.sources.append(source)
 
 
 # --- A stack of sublayers --------------------------------------------------------------------------------------------

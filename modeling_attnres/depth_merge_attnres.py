@@ -26,7 +26,7 @@ from .block_summaries_attnres import norm_with_floor
 
 
 def score_recent(query: torch.Tensor, recent: torch.Tensor, norm_floor: torch.Tensor):
-    """The product of `query` `[D]` with `recent` `[B, T, D]` and the recent's floored norm, each `[B, T]`.
+    """The product of `query` `[D, 1]` with `recent` `[B, T, D]` and the recent's floored norm, each `[B, T, 1]`.
 
     Computed in the query's dtype, at least fp32; their quotient is the score.
     """
@@ -34,20 +34,25 @@ def score_recent(query: torch.Tensor, recent: torch.Tensor, norm_floor: torch.Te
     return torch.matmul(values, query), norm_with_floor(values, norm_floor)
 
 
+def _writes_gradients_out() -> bool:
+    # A compiler derives its own backward, and decides itself what to keep for it.
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def merge_mean(row, lse, query, recent, norm_floor):
     """`h = r row + (1 - r) recent`, `r = sigmoid(lse - score)`: online softmax with one extra source.
 
     Args:
         row: `[B, T, D]`, the normalised sum over phase 1's sources.
-        lse: `[B, T]`, the log-sum-exp of their scores, in at least fp32.
-        query: `[D]` folded query, in at least fp32.
+        lse: `[B, T, 1]`, the log-sum-exp of their scores, in at least fp32.
+        query: `[D, 1]` folded query, in at least fp32.
         recent: `[B, T, D]`.
         norm_floor: scalar, see [`DepthAttention`].
 
     Returns:
-        the mix `[B, T, D]`, and the margin `lse - score` `[B, T]`.
+        the mix `[B, T, D]`, and the margin `lse - score` `[B, T, 1]`.
     """
-    if torch.is_grad_enabled():
+    if _writes_gradients_out():
         return _MergeMean.apply(row, lse, query, recent, norm_floor)
     return _merge_mean(row, lse, query, recent, norm_floor)[:2]
 
@@ -57,9 +62,9 @@ def _merge_mean(row, lse, query, recent, norm_floor):
     margin = torch.addcdiv(lse, dot, norm, value=-1)
     kept = torch.sigmoid(margin)
     if kept.dtype == recent.dtype:
-        mix = torch.lerp(recent, row, kept.unsqueeze(-1))
+        mix = torch.lerp(recent, row, kept)
     else:  # the recent source's share is the small weight of the two, and rounds with less error
-        mix = torch.lerp(row, recent, (1 - kept).to(recent.dtype).unsqueeze(-1))
+        mix = torch.lerp(row, recent, (1 - kept).to(recent.dtype))
     return mix, margin, kept, dot, norm
 
 
@@ -71,14 +76,14 @@ def merge_sum(mix, half_offset, query, recent, norm_floor, num_sources: int):
 
     Args:
         mix: `[B, T, D]`, the stream plus phase 1's row.
-        half_offset: `[B, T]`, half of minus the logarithm of phase 1's mean exponentiated score, in at least fp32.
+        half_offset: `[B, T, 1]`, half of minus the logarithm of phase 1's mean exponentiated score, in at least fp32.
         query, recent, norm_floor: as in [`merge_mean`].
         num_sources: n.
 
     Returns:
-        the mix `[B, T, D]`, and `(score + offset) / 2` `[B, T]`.
+        the mix `[B, T, D]`, and `(score + offset) / 2` `[B, T, 1]`.
     """
-    if torch.is_grad_enabled():
+    if _writes_gradients_out():
         return _MergeSum.apply(mix, half_offset, query, recent, norm_floor, num_sources)
     return _merge_sum(mix, half_offset, query, recent, norm_floor, num_sources)[:2]
 
@@ -88,7 +93,7 @@ def _merge_sum(mix, half_offset, query, recent, norm_floor, num_sources):
     half_logit = torch.addcdiv(half_offset, dot, norm, value=0.5)
     tanh = torch.tanh(half_logit)
     taken = tanh / torch.rsub(tanh, num_sources / 2, alpha=num_sources / 2 - 1)
-    merged = torch.lerp(mix, recent * num_sources, taken.to(mix.dtype).unsqueeze(-1))
+    merged = torch.lerp(mix, recent * num_sources, taken.to(mix.dtype))
     return merged, half_logit, taken, dot, norm
 
 
@@ -106,7 +111,7 @@ class _MergeMean(torch.autograd.Function):
         mix, recent, query, kept, dot, norm = ctx.saved_tensors
         row_gradient = recent_gradient = None
         if mix_gradient is not None:
-            row_gradient = mix_gradient * kept.to(mix_gradient.dtype).unsqueeze(-1)
+            row_gradient = mix_gradient * kept.to(mix_gradient.dtype)
             recent_gradient = mix_gradient - row_gradient
             # d h / d margin = (1 - r) r (row - recent), and r (row - recent) = h - recent
             through_mix = (1 - kept) * _dot(mix_gradient, mix - recent, kept.dtype)
@@ -131,7 +136,7 @@ class _MergeSum(torch.autograd.Function):
         n = ctx.num_sources
         mix_gradient = recent_gradient = None
         if merged_gradient is not None:
-            taken_gradient = merged_gradient * taken.to(merged_gradient.dtype).unsqueeze(-1)
+            taken_gradient = merged_gradient * taken.to(merged_gradient.dtype)
             mix_gradient, recent_gradient = merged_gradient - taken_gradient, n * taken_gradient
             # d c / d logit = (1 - c) (1 + (n - 1) c) / n, and (1 - c) (n recent - mix) = n recent - h
             slope = 2 * (1 + (n - 1) * taken) / n
@@ -142,18 +147,17 @@ class _MergeSum(torch.autograd.Function):
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inner products over the last dimension, accumulated in `dtype`."""
-    return (a * b).sum(-1, dtype=dtype)
+    """Inner products over the last dimension, which is kept, accumulated in `dtype`."""
+    return (a * b).sum(-1, keepdim=True, dtype=dtype)
 
 
 def _score_backward(gradient, query, recent, dot, norm, recent_gradient):
-    """Adds the gradient `[B, T]` of `score = (q . v) / norm(v)` to that of the query and of the recent source.
+    """Adds the gradient `[B, T, 1]` of `score = (q . v) / norm(v)` to that of the query and of the recent source.
 
     `d score / dv = q / norm - score v / norm^2`.
     """
     scaled = gradient / norm
     values = recent.to(query.dtype)
-    query_gradient = torch.mv(values.flatten(0, 1).T, scaled.flatten())
-    through_score = torch.addcmul(scaled.unsqueeze(-1) * query, values, (-scaled * dot / norm.square()).unsqueeze(-1))
-    through_score = through_score.to(recent.dtype)
+    query_gradient = torch.mm(values.flatten(0, 1).T, scaled.flatten(0, 1))
+    through_score = torch.addcmul(scaled * query.T, values, -scaled * dot / norm.square()).to(recent.dtype)
     return query_gradient, through_score if recent_gradient is None else recent_gradient + through_score

@@ -314,7 +314,9 @@ class AttnResModel(AttnResPreTrainedModel):
         layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
 
         queries, norm_floor = self.depth_attention(inputs_embeds)
-        bank = BlockSummaries() if block_summaries is None else block_summaries
+        # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
+        reuse = block_summaries is not None and not torch.compiler.is_compiling()
+        bank = block_summaries if reuse else BlockSummaries()
         depth = DepthStream(queries, norm_floor, bank, self.config.sublayers_per_block, self.config.depth_weights)
         state = depth.start(inputs_embeds)
         hidden_states, depth_weights = [], []

@@ -70,7 +70,7 @@ TINY = {
 }
 REFUSED = {
     "gemma2": r"must hold a token mixer, a feed-forward and a norm before each, and holds .*pre_feedforward_layernorm",
-    "gemma3_text": r"must hold a token mixer, a feed-forward and a norm before each, and holds .*pre_feedforward_layern",
+    "gemma3_text": r"its rotary embedding takes more than hidden states and positions",
     "olmo2": r"reads the residual stream without a norm: a post-norm decoder",
     "granite": r"scales the residual stream by `residual_multiplier`",
     "cohere": r"must hold a token mixer, a feed-forward and a norm before each, and holds input_layernorm, mlp, self",

@@ -168,3 +168,13 @@ def test_the_wrappers_file_holds_no_copy_of_the_backbones_fields(tmp_path):
     saved = PreTrainedConfig.get_config_dict(tmp_path)[0]
     assert not {"hidden_size", "vocab_size", "num_hidden_layers", "rope_parameters", "num_blocks"} & set(saved)
     assert saved["text_config"]["hidden_size"] == 32
+
+
+def test_writing_a_backbone_attribute_reaches_the_backbone():
+    config = AttnResConfig(text_config=LlamaConfig(vocab_size=64))
+    config.vocab_size = 128
+    config.use_cache = False
+    assert (config.text_config.vocab_size, config.text_config.use_cache) == (128, False)
+    assert "vocab_size" not in config.to_dict()
+    config.output_hidden_states = True  # this config's own
+    assert config.text_config.output_hidden_states is False

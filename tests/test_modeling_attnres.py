@@ -88,7 +88,9 @@ def test_gradients_are_those_of_the_papers_figure_2(sublayers_per_block):
     expected = torch.autograd.grad(figure_2(model, input_ids).square().sum(), parameters)
     found = torch.autograd.grad(model(input_ids).logits.square().sum(), parameters)
     for name, ours, theirs in zip(names, found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        # fp32, and random depth weights amplify rounding: relative to the tensor's largest gradient
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        assert error < 2e-5, f"{name}: {error}"
 
 
 def reference_mixes(model: AttnResForCausalLM, outputs: list[torch.Tensor], embedding: torch.Tensor):
