@@ -320,6 +320,7 @@ class AttnResModel(AttnResPreTrainedModel):
         depth = DepthStream(queries, norm_floor, bank, self.config.sublayers_per_block, self.config.depth_weights)
         state = depth.start(inputs_embeds)
         hidden_states, depth_weights = [], []
+        wanted = self._wanted_hidden_states(kwargs)
         for first, last in depth.groups:
             layers = range(first // 2, last // 2)
             recompute = self.training and any(self.backbone.layers[index].gradient_checkpointing for index in layers)
@@ -331,16 +332,17 @@ class AttnResModel(AttnResPreTrainedModel):
                     norm_floor, *depth_inputs, *state, **depth_kwargs, attention_mask=mask, **layer_kwargs
                 )
                 state = tuple(weights_and_state[2:])
-                hidden_states.append(mix)
+                hidden_states.append(mix if index in wanted else None)  # a mix not asked for is freed here
                 depth_weights += weights_and_state[:2]
             state = depth.close(state, next_sublayer=last)
         mix, output_weights = depth.mix_output(state, with_weights=output_depth_weights)
         last_hidden_state = self.backbone.norm(mix)
+        hidden_states.append(last_hidden_state if len(hidden_states) in wanted else None)
 
         return AttnResModelOutputWithPast(
             last_hidden_state=last_hidden_state,
             past_key_values=past_key_values,
-            hidden_states=self._select_hidden_states([*hidden_states, last_hidden_state], kwargs),
+            hidden_states=tuple(hidden_states) if wanted else None,
             depth_weights=(*depth_weights, output_weights) if output_depth_weights else None,
             block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
         )
@@ -369,16 +371,14 @@ class AttnResModel(AttnResPreTrainedModel):
             return (depth.queries[sublayer : sublayer + 2], *depth.sources), {"num_sources": len(depth.sources)}
         return (), {"reads": reads[sublayer - first : sublayer - first + 2]}
 
-    def _select_hidden_states(self, hidden_states: list[torch.Tensor], kwargs: dict) -> tuple | None:
-        """All hidden states, or only those that `output_hidden_states` names by index."""
+    def _wanted_hidden_states(self, kwargs: dict) -> set[int]:
+        """Indices of the hidden states that `output_hidden_states` asks for: none, all, or those it names."""
         requested = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        count = len(self.backbone.layers) + 1
         if requested is None or requested is False:
-            return None
+            return set()
         selected = selected_hidden_states(requested)
-        if selected is None:
-            return tuple(hidden_states)
-        keep = resolve_hidden_states_indices(self, selected, len(hidden_states))
-        return tuple(state if index in keep else None for index, state in enumerate(hidden_states))
+        return set(range(count)) if selected is None else resolve_hidden_states_indices(self, selected, count)
 
 
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
