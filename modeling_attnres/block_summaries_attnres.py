@@ -32,9 +32,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def weighted_sum(weights: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """`[B, T, R, n]` weights and `[n, B, T, D]` sources to `[B, T, R, D]`, one small matrix product per token."""
-    rows = torch.bmm(weights.flatten(0, 1), sources.flatten(1, 2).transpose(0, 1))
-    return rows.view(*weights.shape[:-1], sources.shape[-1])
+    """`[n, R, B, T]` weights and `[n, B, T, D]` sources to `[B, T, R, D]`, one small matrix product per token."""
+    per_token = weights.flatten(2).permute(2, 1, 0).contiguous()  # [M, R, n]: batched products want it so
+    rows = torch.bmm(per_token, sources.flatten(1, 2).transpose(0, 1))
+    return rows.view(*sources.shape[1:3], -1, sources.shape[-1])
 
 
 def norm_with_floor(values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
@@ -77,20 +78,19 @@ class _LinkScores(torch.autograd.Function):
             return link_gradient, None, None, None, None
         (queries,) = ctx.saved_tensors
         sources, norms, scores = ctx.bank
-        n = scores.shape[-1]
-        live, norms = sources[:n], norms[:n].movedim(0, -1)  # [n, B, T, D], [B, T, n]
+        live, norms = sources[: len(scores)], norms[: len(scores)]
         # score = (q . v) / norm, so d score / dv = q / norm - score * v / norm^2
-        dots_gradient = scores_gradient / norms.unsqueeze(-2)  # [B, T, R, n]
-        per_source = dots_gradient.flatten(0, 1).permute(2, 1, 0).to(sources.dtype)  # [n, R, M]
+        dots_gradient = scores_gradient / norms.unsqueeze(1)  # [n, R, B, T]
+        per_source = dots_gradient.flatten(2).to(sources.dtype)  # [n, R, M]
         queries_gradient = torch.bmm(per_source, live.flatten(1, 2)).to(queries.dtype).sum(0)
         if ctx.needs_input_grad[0]:
             if link_gradient is None:
                 link_gradient = torch.zeros_like(sources)
-            through_norm = (dots_gradient * scores).sum(-2) / norms  # [B, T, n]
-            gradient = link_gradient[:n]
-            gradient.addcmul_(live, through_norm.movedim(-1, 0).unsqueeze(-1).to(live.dtype), value=-1)
+            gradient = link_gradient[: len(scores)]
+            through_norm = (dots_gradient * scores).sum(1) / norms  # [n, B, T]
+            gradient.addcmul_(live, through_norm.unsqueeze(-1).to(live.dtype), value=-1)
             gradient.flatten(1, 2).baddbmm_(
-                per_source.transpose(1, 2), queries.to(sources.dtype).expand(n, *queries.shape)
+                per_source.transpose(1, 2), queries.to(sources.dtype).expand(len(scores), *queries.shape)
             )
         return link_gradient, queries_gradient, None, None, None
 
@@ -103,22 +103,22 @@ class _LinkRows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weights)
         ctx.sources = sources
-        return weighted_sum(weights, sources[: weights.shape[-1]]), link.view_as(link)
+        return weighted_sum(weights, sources[: len(weights)]), link.view_as(link)
 
     @staticmethod
     def backward(ctx, rows_gradient, link_gradient):
         if rows_gradient is None:
             return link_gradient, None, None
         (weights,) = ctx.saved_tensors
-        sources, n = ctx.sources, weights.shape[-1]
+        n = len(weights)
         rows_gradient = rows_gradient.flatten(0, 1)  # [M, R, D]
-        live = sources[:n].flatten(1, 2).transpose(0, 1)  # [M, n, D]
-        weights_gradient = torch.bmm(rows_gradient, live.transpose(1, 2)).view(weights.shape)
+        live = ctx.sources[:n].flatten(1, 2).transpose(0, 1)  # [M, n, D]
+        weights_gradient = torch.bmm(rows_gradient, live.transpose(1, 2)).permute(2, 1, 0).reshape(weights.shape)
         if ctx.needs_input_grad[0]:
             if link_gradient is None:
-                link_gradient = torch.zeros_like(sources)
+                link_gradient = torch.zeros_like(ctx.sources)
             gradient = link_gradient[:n].flatten(1, 2).transpose(0, 1)
-            gradient.baddbmm_(weights.flatten(0, 1).transpose(1, 2), rows_gradient)
+            gradient.baddbmm_(weights.flatten(2).permute(2, 0, 1).contiguous(), rows_gradient)
         return link_gradient, weights_gradient, None
 
 
@@ -196,8 +196,8 @@ class BlockSummaries:
         return alias
 
     def score(self, queries: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """The scores `[B, T, R, n]` that the queries `[first, last)` of `[L + 1, D]` give the live sources."""
-        scores = self.scores[: self.length, first:last].permute(2, 3, 1, 0)
+        """The scores `[n, R, B, T]` that the queries `[first, last)` of `[L + 1, D]` give the live sources."""
+        scores = self.scores[: self.length, first:last]
         if self._gradient_link is not None:
             scores, self._gradient_link = _LinkScores.apply(
                 self._gradient_link, queries[first:last], scores, self.sources, self.norms
@@ -205,7 +205,7 @@ class BlockSummaries:
         return scores
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
-        """Sums over the live sources with weights `[B, T, R, n]`: `[B, T, R, D]` in the sources' dtype."""
+        """Sums over the live sources with weights `[n, R, B, T]`: `[B, T, R, D]` in the sources' dtype."""
         weights = weights.to(self.sources.dtype)
         if self._gradient_link is None:
             return weighted_sum(weights, self.sources[: self.length])

@@ -97,7 +97,7 @@ class DepthRead(NamedTuple):
         query: `[D, 1]`, its folded query, in at least fp32.
         row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1.
         stat: `[B, T, 1]`, what the merge needs of the scores (see the forms), in at least fp32.
-        scores: `[B, T, R, n]`, the scores of the whole group, in at least fp32.
+        scores: `[n, R, B, T]`, the scores of the whole group, in at least fp32.
         position: which of the R queries this is.
     """
 
@@ -109,7 +109,7 @@ class DepthRead(NamedTuple):
 
 
 def _as_reads(queries, rows, stat, scores) -> list[DepthRead]:
-    parts = zip(queries.unsqueeze(-1).unbind(0), rows.unbind(-2), stat.unbind(-2))
+    parts = zip(queries.unsqueeze(-1).unbind(0), rows.unbind(-2), stat.unsqueeze(-1).unbind(0))
     return [DepthRead(*part, scores, position) for position, part in enumerate(parts)]
 
 
@@ -141,8 +141,7 @@ def read_sources(
     """
     stacked = torch.stack(tuple(sources))
     values = stacked.to(queries.dtype)
-    scores = (values @ queries.T) / norm_with_floor(values, norm_floor)
-    scores = scores.movedim(0, -1)  # [B, T, R, n]
+    scores = ((values @ queries.T) / norm_with_floor(values, norm_floor)).movedim(-1, 1)  # [n, R, B, T]
     weights, stat = form.phase_one(scores)
     return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked), stat, scores)
 
@@ -156,8 +155,8 @@ class MeanWeights:
 
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[..., n]` scores to the weights `[..., n]` of the sources and the scores' log-sum-exp `[..., 1]`."""
-        return torch.softmax(scores, dim=-1), torch.logsumexp(scores, dim=-1, keepdim=True)
+        """`[n, ...]` scores to the weights `[n, ...]` of the sources and the scores' log-sum-exp `[...]`."""
+        return torch.softmax(scores, dim=0), torch.logsumexp(scores, dim=0)
 
     @staticmethod
     def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
@@ -217,12 +216,11 @@ class SumWeights(MeanWeights):
 
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[..., n]` scores to `e - 1` `[..., n]` and half of minus the logarithm of `mean(exp(s))` `[..., 1]`."""
-        n = scores.shape[-1]
+        """`[n, ...]` scores to `e - 1` `[n, ...]` and half of minus the logarithm of `mean(exp(s))` `[...]`."""
+        n = len(scores)
         # Equal scores have softmax 1 / n exactly as rounded here, so their excess is exactly 0, and so is its logarithm.
-        excess = (torch.softmax(scores, dim=-1) - 1 / n) * n
-        largest = scores.amax(dim=-1, keepdim=True)
-        return excess, (torch.log1p(excess.amax(dim=-1, keepdim=True)) - largest) * 0.5
+        excess = (torch.softmax(scores, dim=0) - 1 / n) * n
+        return excess, (torch.log1p(excess.amax(dim=0)) - scores.amax(dim=0)) * 0.5
 
     @staticmethod
     def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
@@ -235,7 +233,7 @@ class SumWeights(MeanWeights):
         if not recents:
             return mix, None
         (recent,) = recents
-        num_sources = read.scores.shape[-1] + 1
+        num_sources = len(read.scores) + 1
         return merge_sum(mix, read.stat, read.query, recent, norm_floor, num_sources)
 
     @staticmethod
@@ -257,7 +255,7 @@ FORMS = {"mean": MeanWeights, "sum": SumWeights}
 
 def mix_weights(read: DepthRead, relative: torch.Tensor | None, depth_weights: str) -> torch.Tensor:
     """The weights `[B, T, n]` of a mix, from what phase 1 and [`MeanWeights.phase_two`] computed it with."""
-    scores = read.scores[..., read.position, :]
+    scores = read.scores[:, read.position].movedim(0, -1)
     if relative is not None:
         scores = torch.cat([scores, FORMS[depth_weights].recent_score(read, relative)], dim=-1)
     weights = torch.softmax(scores, dim=-1)

@@ -129,6 +129,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         for name in (plan.mixer_norm, plan.mixer, plan.feed_forward_norm, plan.feed_forward):
             self.add_module(name, getattr(layer, name))
         self.plan = plan
+        # Most token mixers take every argument of their layer under its own name.
+        self.passes_all = plan.passes_kwargs and plan.mixer_arguments == {name: name for name in LAYER_ARGUMENTS}
         self.depth_weights = depth_weights
         self.mixer_starts_block = 2 * layer_idx % sublayers_per_block == 0
         self.feed_forward_starts_block = (2 * layer_idx + 1) % sublayers_per_block == 0
@@ -181,10 +183,12 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
     def _mix_tokens(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Calls the token mixer with the arguments its own layer would give it."""
-        arguments = {name: kwargs.get(source) for name, source in self.plan.mixer_arguments.items()}
-        if self.plan.passes_kwargs:
-            arguments.update({name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS})
-        output = getattr(self, self.plan.mixer)(hidden_states, **arguments)
+        if not self.passes_all:
+            arguments = {name: kwargs.get(source) for name, source in self.plan.mixer_arguments.items()}
+            if self.plan.passes_kwargs:
+                arguments.update({name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS})
+            kwargs = arguments
+        output = getattr(self, self.plan.mixer)(hidden_states, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -311,6 +315,7 @@ class AttnResModel(AttnResPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
         masks, layer_kwargs = self._backbone_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
+        layers = list(self.backbone.layers)
         layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
 
         queries, norm_floor = self.depth_attention(inputs_embeds)
@@ -322,14 +327,13 @@ class AttnResModel(AttnResPreTrainedModel):
         hidden_states, depth_weights = [], []
         wanted = self._wanted_hidden_states(kwargs)
         for first, last in depth.groups:
-            layers = range(first // 2, last // 2)
-            recompute = self.training and any(self.backbone.layers[index].gradient_checkpointing for index in layers)
+            group = range(first // 2, last // 2)
+            recompute = self.training and any(layers[index].gradient_checkpointing for index in group)
             reads = None if recompute else depth.read(first, last)
-            for index in layers:
+            for index in group:
                 depth_inputs, depth_kwargs = self._layer_reads(depth, reads, index, first)
-                mask = layer_attention_mask(masks, self.config.text_config, index)
-                mix, *weights_and_state = self.backbone.layers[index](
-                    norm_floor, *depth_inputs, *state, **depth_kwargs, attention_mask=mask, **layer_kwargs
+                mix, *weights_and_state = layers[index](
+                    norm_floor, *depth_inputs, *state, **depth_kwargs, attention_mask=masks[index], **layer_kwargs
                 )
                 state = tuple(weights_and_state[2:])
                 hidden_states.append(mix if index in wanted else None)  # a mix not asked for is freed here
@@ -347,17 +351,16 @@ class AttnResModel(AttnResPreTrainedModel):
             block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
         )
 
-    def _backbone_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[Any, dict]:
-        """Masks (one, or one per layer type) and the keyword arguments that every layer shares."""
+    def _backbone_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[list, dict]:
+        """Every layer's attention mask, and the keyword arguments that the layers share."""
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
-        masks = attention_mask
+        text_config, masks = self.config.text_config, attention_mask
         if not isinstance(masks, dict):  # `generate` prepares them when the cache is static
-            masks = create_masks_for_generate(
-                self.config.text_config, inputs_embeds, attention_mask, past_key_values, position_ids
-            )
+            masks = create_masks_for_generate(text_config, inputs_embeds, masks, past_key_values, position_ids)
+        masks = [layer_attention_mask(masks, text_config, index) for index in range(len(self.backbone.layers))]
         layer_kwargs = {"position_ids": position_ids, "past_key_values": past_key_values}
         if hasattr(self.backbone, "rotary_emb"):
             layer_kwargs["position_embeddings"] = self.backbone.rotary_emb(inputs_embeds, position_ids=position_ids)
