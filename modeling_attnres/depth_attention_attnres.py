@@ -95,21 +95,21 @@ class DepthRead(NamedTuple):
 
     Attributes:
         query: `[D, 1]`, its folded query, in at least fp32.
-        row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1.
+        row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1; `None` for a sum known to be zero.
         stat: `[B, T, 1]`, what the merge needs of the scores (see the forms), in at least fp32.
         scores: `[n, R, B, T]`, the scores of the whole group, in at least fp32.
         position: which of the R queries this is.
     """
 
     query: torch.Tensor
-    row: torch.Tensor
+    row: torch.Tensor | None
     stat: torch.Tensor
     scores: torch.Tensor
     position: int
 
 
 def _as_reads(queries, rows, stat, scores) -> list[DepthRead]:
-    parts = zip(queries.unsqueeze(-1).unbind(0), rows.unbind(-2), stat.unsqueeze(-1).unbind(0))
+    parts = zip(queries.unsqueeze(-1).unbind(0), rows, stat.unsqueeze(-1).unbind(0))
     return [DepthRead(*part, scores, position) for position, part in enumerate(parts)]
 
 
@@ -127,7 +127,21 @@ def read_bank(
     """
     scores = bank.score(queries, first, last)
     weights, stat = form.phase_one(scores)
-    return _as_reads(queries[first:last], bank.weighted_sum(weights), stat, scores)
+    return _as_reads(queries[first:last], bank.weighted_sum(weights).unbind(-2), stat, scores)
+
+
+def read_one_source(
+    bank: BlockSummaries,
+    source: torch.Tensor,
+    queries: torch.Tensor,
+    first: int,
+    last: int,
+    form: "type[MeanWeights]",
+) -> list[DepthRead]:
+    """Phase 1 while the embedding `source` `[B, T, D]` is the only one: it has all the weight, whatever its scores."""
+    scores = bank.score(queries, first, last)
+    row, stat = form.one_source(source, scores[0])
+    return _as_reads(queries[first:last], [row] * (last - first), stat, scores)
 
 
 def read_sources(
@@ -143,7 +157,7 @@ def read_sources(
     values = stacked.to(queries.dtype)
     scores = ((values @ queries.T) / norm_with_floor(values, norm_floor)).movedim(-1, 1)  # [n, R, B, T]
     weights, stat = form.phase_one(scores)
-    return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked), stat, scores)
+    return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked).unbind(-2), stat, scores)
 
 
 class MeanWeights:
@@ -157,6 +171,11 @@ class MeanWeights:
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[n, ...]` scores to the weights `[n, ...]` of the sources and the scores' log-sum-exp `[...]`."""
         return torch.softmax(scores, dim=0), torch.logsumexp(scores, dim=0)
+
+    @staticmethod
+    def one_source(source: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What `phase_one` and the weighted sum come to for a single source: its row, and the stat."""
+        return source, score
 
     @staticmethod
     def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
@@ -223,13 +242,17 @@ class SumWeights(MeanWeights):
         return excess, (torch.log1p(excess.amax(dim=0)) - scores.amax(dim=0)) * 0.5
 
     @staticmethod
+    def one_source(source: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        return None, score * -0.5
+
+    @staticmethod
     def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
         return 2 * (relative - read.stat)
 
     @staticmethod
     def phase_two(read: DepthRead, norm_floor: torch.Tensor, *state: torch.Tensor):
         stream, *recents = state
-        mix = stream + read.row
+        mix = stream if read.row is None else stream + read.row
         if not recents:
             return mix, None
         (recent,) = recents
@@ -296,7 +319,7 @@ class DepthAttention(nn.Module):
             and the scalar `sqrt(D * eps)` that the norm of a source is floored with.
         """
         dtype = accumulation_dtype(embedding.dtype)
-        queries = self.query.to(dtype) * self.key_norm.to(dtype) * math.sqrt(self.query.shape[-1])
+        queries = self.query.to(dtype) * (self.key_norm.to(dtype) * math.sqrt(self.query.shape[-1]))
         queries = nn.functional.pad(queries, (0, 0, 1, 0))
         return queries, queries.new_full((), math.sqrt(self.eps * queries.shape[-1]))
 
@@ -332,6 +355,7 @@ class DepthStream:
         self.groups = sublayer_groups(self.num_sublayers, sublayers_per_block)
         # The finished sources, alias by alias of the bank's slots, for layers that recompute phase 1.
         self.sources: list[torch.Tensor] = []
+        self.output_read: DepthRead | None = None
         # Compiled training leaves what to keep and what to recompute to the compiler: plain autograd, no bank.
         self.uses_bank = not (torch.is_grad_enabled() and torch.compiler.is_compiling())
 
@@ -340,17 +364,30 @@ class DepthStream:
         capacity = 1 + math.ceil(self.num_sublayers / self.sublayers_per_block)
         if self.uses_bank:
             self.bank.reset(embedding, capacity, num_queries=len(self.queries))
+        self.embedding = embedding
         self._file(embedding)
         return self.form.start(embedding)
 
     def read(self, first: int, last: int) -> list[DepthRead]:
         """Phase 1 for the sublayers `[first, last)`."""
+        if last == self.num_sublayers and self.sublayers_per_block % 2 == 0:
+            # The output mix meets the same sources and one recent one: it is one more row of the last group.
+            *reads, self.output_read = self._read(first, last + 1)
+            return reads
+        return self._read(first, last)
+
+    def _read(self, first: int, last: int) -> list[DepthRead]:
         if not self.uses_bank:
             return read_sources(self.queries[first:last], self.sources, self.norm_floor, self.form)
+        if len(self.sources) == 1:
+            # Not the bank's copy: a mix handed to the user must outlive the bank's next use.
+            return read_one_source(self.bank, self.embedding, self.queries, first, last, self.form)
         return read_bank(self.bank, self.queries, first, last, self.form)
 
     def close(self, state: tuple[torch.Tensor, ...], next_sublayer: int) -> tuple[torch.Tensor, ...]:
         """Ends a group: files the blocks of `state` that are complete, and returns the state that is left."""
+        if self.output_read is not None:
+            return state
         recents = self.form.recents(state)
         is_open = next_sublayer % self.sublayers_per_block != 0
         num_closed = len(recents) - is_open
@@ -362,8 +399,8 @@ class DepthStream:
         self, state: tuple[torch.Tensor, ...], with_weights: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output mix `[B, T, D]` over all sources, and if asked its weights `[B, T, n]`."""
-        (read,) = self.read(self.num_sublayers, self.num_sublayers + 1)
-        state = tuple(tensor.to(read.row.device) for tensor in state)  # where layers sit on several devices
+        read = self.output_read or self._read(self.num_sublayers, self.num_sublayers + 1)[0]
+        state = tuple(tensor.to(read.stat.device) for tensor in state)  # where layers sit on several devices
         mix, logit = self.form.phase_two(read, self.norm_floor, *state)
         return mix, mix_weights(read, logit, self.depth_weights) if with_weights else None
 
