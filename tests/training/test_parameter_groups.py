@@ -43,7 +43,8 @@ def test_rates_and_decay_of_every_group():
 def test_every_parameter_is_in_one_group_and_no_vector_decays(model_type):
     model = tiny_model(model_type)
     found = names_by_group(model, attnres_parameter_groups(model, lr=1e-3, weight_decay=0.1))
-    assert sorted(sum(found.values(), [])) == sorted(name for name, _ in model.named_parameters())
+    placed = [name for names in found.values() for name in names]
+    assert sorted(placed) == sorted(name for name, _ in model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name in found["decay"]:
         assert len(shapes[name]) >= 2, name
@@ -125,7 +126,7 @@ def test_errors():
     for arguments in ({"lr": -1.0}, {"lr": float("nan")}, {"lr": 1e-3, "query_lr": -1e-4}):
         with pytest.raises(ValueError, match="must not be negative"):
             attnres_parameter_groups(model, **arguments)
-    with pytest.raises(ValueError, match="`weight_decay` must not be negative, got -0.1"):
+    with pytest.raises(ValueError, match=r"`weight_decay` must not be negative, got -0\.1"):
         attnres_parameter_groups(model, lr=1e-3, weight_decay=-0.1)
     with pytest.raises(ValueError, match="must have depth attention, got a LlamaForCausalLM without"):
         attnres_parameter_groups(AutoModelForCausalLM.from_config(tiny_backbone("llama")), lr=1e-3)
@@ -166,5 +167,5 @@ def test_optimizer_follows_the_training_arguments(tmp_path):
 )
 def test_an_optimizer_with_its_own_groups_is_refused(handled, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda args: handled))
-    with pytest.raises(ValueError, match="`args.optim` must be an optimizer that takes parameter groups"):
+    with pytest.raises(ValueError, match=r"`args\.optim` must be an optimizer that takes parameter groups"):
         attnres_optimizer(training_arguments(tmp_path))
