@@ -76,6 +76,7 @@ from .depth_attention_attnres import (
     mix_weights,
     read_sources,
 )
+from .peft_attnres import register_peft_targets
 
 
 # On disk the backbone keeps its own names: an AttnRes checkpoint is the PreNorm checkpoint plus `depth_attention.*`, and
@@ -508,6 +509,7 @@ AUTO_CLASSES = {
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class)
     _model_class.register_for_auto_class(_auto_class.__name__)
+register_peft_targets()
 
 
 def auto_map() -> dict[str, str]:
