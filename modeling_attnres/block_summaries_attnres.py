@@ -22,6 +22,7 @@ no sums over its readers are left to autograd.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -31,10 +32,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
+    """Autocast would round the products that make up scores and rows to half precision."""
+    device_type = tensor.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def weighted_sum(weights: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
     """`[n, R, B, T]` weights and `[n, B, T, D]` sources to `[B, T, R, D]`, one small matrix product per token."""
     per_token = weights.flatten(2).permute(2, 1, 0).contiguous()  # [M, R, n]: batched products want it so
-    rows = torch.bmm(per_token, sources.flatten(1, 2).transpose(0, 1))
+    with without_autocast(sources):
+        rows = torch.bmm(per_token, sources.flatten(1, 2).transpose(0, 1))
     return rows.view(*sources.shape[1:3], -1, sources.shape[-1])
 
 
@@ -187,7 +197,8 @@ class BlockSummaries:
         stored.copy_(source.detach())
         values = stored.to(norms.dtype)  # fp32 of one source at a time, never of the bank
         torch.hypot(torch.linalg.vector_norm(values, dim=-1), norm_floor, out=norms)
-        dots = torch.mm(queries.detach()[first_reader:], values.flatten(0, 1).T)
+        with without_autocast(values):
+            dots = torch.mm(queries.detach()[first_reader:], values.flatten(0, 1).T)
         torch.div(dots.view(-1, *norms.shape), norms, out=self.scores[slot, first_reader:])
         self.length += 1
         if self._gradient_link is None:

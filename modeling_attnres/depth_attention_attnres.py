@@ -31,7 +31,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .block_summaries_attnres import BlockSummaries, accumulation_dtype, norm_with_floor, weighted_sum
+from .block_summaries_attnres import (
+    BlockSummaries,
+    accumulation_dtype,
+    norm_with_floor,
+    weighted_sum,
+    without_autocast,
+)
 from .depth_merge_attnres import merge_mean, merge_sum
 
 
@@ -155,7 +161,8 @@ def read_sources(
     """
     stacked = torch.stack(tuple(sources))
     values = stacked.to(queries.dtype)
-    scores = ((values @ queries.T) / norm_with_floor(values, norm_floor)).movedim(-1, 1)  # [n, R, B, T]
+    with without_autocast(values):
+        scores = ((values @ queries.T) / norm_with_floor(values, norm_floor)).movedim(-1, 1)  # [n, R, B, T]
     weights, stat = form.phase_one(scores)
     return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked).unbind(-2), stat, scores)
 

@@ -22,7 +22,7 @@ recent source) and not the rows of phase 1: the mix itself, which the following 
 import torch
 from torch.autograd.function import once_differentiable
 
-from .block_summaries_attnres import norm_with_floor
+from .block_summaries_attnres import norm_with_floor, without_autocast
 
 
 def score_recent(query: torch.Tensor, recent: torch.Tensor, norm_floor: torch.Tensor):
@@ -31,7 +31,8 @@ def score_recent(query: torch.Tensor, recent: torch.Tensor, norm_floor: torch.Te
     Computed in the query's dtype, at least fp32; their quotient is the score.
     """
     values = recent.to(query.dtype)
-    return torch.matmul(values, query), norm_with_floor(values, norm_floor)
+    with without_autocast(values):
+        return torch.matmul(values, query), norm_with_floor(values, norm_floor)
 
 
 def _writes_gradients_out() -> bool:
