@@ -11,9 +11,17 @@ with the same arguments it sees the same blocks in the same order, so the two ca
 import argparse
 from pathlib import Path
 
+import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_attnres import AttnResForCausalLM, attnres_lora_config
@@ -99,6 +107,7 @@ def training_arguments(arguments) -> TrainingArguments:
         gradient_accumulation_steps=arguments.accumulation,
         activation_checkpointing=arguments.gradient_checkpointing,
         bf16=arguments.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # Trainer wants to be told, or refuses bf16
         eval_strategy="steps",
         eval_steps=arguments.eval_every,
         save_steps=arguments.eval_every,
@@ -144,6 +153,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     blocks = load_blocks(tokenizer, arguments)
+    set_seed(arguments.seed)  # before the adapter draws its weights
     model = load_model(arguments)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(
