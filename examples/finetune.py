@@ -141,8 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Returns the held-out loss by the step it was taken at."""
+def main(argv: list[str] | None = None) -> dict[int, float]:
+    """Returns the held-out loss by the step it was taken at (in the main process)."""
     arguments = build_parser().parse_args(argv)
     args = training_arguments(arguments)
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
@@ -179,9 +179,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.evaluate()
     trainer.save_model(str(arguments.output / "model"))
 
-    if trainer.is_world_process_zero():
-        picture = plot_metrics(metrics.path, arguments.output / "loss.png")
-        print(f"wrote {metrics.path}, {picture} and {arguments.output / 'model'}")
+    if not trainer.is_world_process_zero():  # the main process alone writes metrics
+        return {}
+    picture = plot_metrics(metrics.path, arguments.output / "loss.png")
+    print(f"wrote {metrics.path}, {picture} and {arguments.output / 'model'}")
     losses = {record["step"]: record["eval_loss"] for record in read_metrics(metrics.path) if "eval_loss" in record}
     print(f"held-out loss {losses[0]:.4f} before, {losses[arguments.steps]:.4f} after {arguments.steps} steps")
     return losses

@@ -140,7 +140,13 @@ def without_adapter():
     return AttnResForCausalLM(tiny_config("llama", depth_weights="sum", attention_dropout=0.1))
 
 
-@pytest.mark.parametrize("make_model", [without_adapter, with_adapter])
+def mixture_of_experts():
+    """Its experts lie apart in a checkpoint's file, and merged in memory."""
+    torch.manual_seed(0)
+    return AttnResForCausalLM(tiny_config("mixtral", depth_weights="sum"))
+
+
+@pytest.mark.parametrize("make_model", [without_adapter, with_adapter, mixture_of_experts])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_model, tmp_path):
     """With dropout, so that the random state matters, and accumulation, so that a step is several batches."""
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
