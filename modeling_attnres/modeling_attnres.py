@@ -35,7 +35,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -68,14 +67,8 @@ from .backbone_attnres import (
 )
 from .block_summaries_attnres import BlockSummaries
 from .configuration_attnres import AttnResConfig
-from .depth_attention_attnres import (
-    FORMS,
-    DepthAttention,
-    DepthRead,
-    DepthStream,
-    mix_weights,
-    read_sources,
-)
+from .depth_attention_attnres import DepthAttention, DepthRead, DepthStream
+from .depth_variants_attnres import build_depth_attention
 
 
 # On disk the backbone keeps its own names: an AttnRes checkpoint is the PreNorm checkpoint plus `depth_attention.*`, and
@@ -119,19 +112,17 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         plan: which child plays which part, as found by probing.
         layer_idx: index of the decoder layer; it holds sublayers `2 * layer_idx` and `2 * layer_idx + 1`.
         sublayers_per_block: S.
-        depth_weights: `"mean"` or `"sum"`.
+        form: how a mix over depth is computed, from [`build_depth_attention`].
     """
 
-    def __init__(
-        self, layer: nn.Module, plan: LayerPlan, layer_idx: int, sublayers_per_block: int, depth_weights: str
-    ):
+    def __init__(self, layer: nn.Module, plan: LayerPlan, layer_idx: int, sublayers_per_block: int, form):
         super().__init__()
         for name in (plan.mixer_norm, plan.mixer, plan.feed_forward_norm, plan.feed_forward):
             self.add_module(name, getattr(layer, name))
         self.plan = plan
         # Most token mixers take every argument of their layer under its own name.
         self.passes_all = plan.passes_kwargs and plan.mixer_arguments == {name: name for name in LAYER_ARGUMENTS}
-        self.depth_weights = depth_weights
+        self.form = form
         self.mixer_starts_block = 2 * layer_idx % sublayers_per_block == 0
         self.feed_forward_starts_block = (2 * layer_idx + 1) % sublayers_per_block == 0
 
@@ -156,11 +147,10 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         Returns:
             The token mixer's mix `[B, T, D]`, the two mixes' weights `[B, T, n]` (or `None`), and the new depth state.
         """
-        form = FORMS[self.depth_weights]
-        state = tensors
+        form, state = self.form, tensors
         if reads is None:
             queries, sources, state = tensors[0], tensors[1 : 1 + num_sources], tensors[1 + num_sources :]
-            reads = read_sources(queries, sources, norm_floor, form)
+            reads = form.read_sources(queries, sources, norm_floor)
         mixer_read, feed_forward_read = reads
 
         mixer_input, mixer_logit = form.phase_two(mixer_read, norm_floor, *state)
@@ -176,8 +166,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         weights = (None, None)
         if output_depth_weights:
             weights = (
-                mix_weights(mixer_read, mixer_logit, self.depth_weights),
-                mix_weights(feed_forward_read, feed_forward_logit, self.depth_weights),
+                form.mix_weights(mixer_read, mixer_logit),
+                form.mix_weights(feed_forward_read, feed_forward_logit),
             )
         return mixer_input, *weights, *state
 
@@ -236,11 +226,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, DepthAttention):
-            if self.config.depth_query_init_std > 0:
-                init.normal_(module.query, mean=0.0, std=self.config.depth_query_init_std)
-            else:
-                init.zeros_(module.query)
-            init.ones_(module.key_norm)
+            module.init_weights(self.config.depth_query_init_std)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in Transformers; `auto_map` names a class for every task, not only the saved one.
@@ -267,14 +253,13 @@ class AttnResModel(AttnResPreTrainedModel):
         super().__init__(config)
         backbone = backbone_class(config.text_config)(config.text_config)
         plans = check_backbone(backbone)
+        depth_attention, self.depth_form = build_depth_attention(config)
         backbone.layers = nn.ModuleList(
-            AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block, config.depth_weights)
+            AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block, self.depth_form)
             for index, (layer, plan) in enumerate(zip(backbone.layers, plans, strict=True))
         )
         self.backbone = backbone
-        self.depth_attention = DepthAttention(
-            config.num_sublayers, config.text_config.hidden_size, config.depth_norm_eps
-        )
+        self.depth_attention = depth_attention
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -322,7 +307,7 @@ class AttnResModel(AttnResPreTrainedModel):
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
         reuse = block_summaries is not None and not torch.compiler.is_compiling()
         bank = block_summaries if reuse else BlockSummaries()
-        depth = DepthStream(queries, norm_floor, bank, self.config.sublayers_per_block, self.config.depth_weights)
+        depth = self.depth_form.stream(queries, norm_floor, bank, self.config.sublayers_per_block)
         state = depth.start(inputs_embeds)
         hidden_states, depth_weights = [], []
         wanted = self._wanted_hidden_states(kwargs)
