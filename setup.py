@@ -71,6 +71,7 @@ setup(
         "console_scripts": [
             "attnres-convert=modeling_attnres.conversion.cli:main",
             "attnres-bench=modeling_attnres.eval.bench.cli:main",
+            "attnres-inspect=modeling_attnres.eval.inspect_model:main",
             "attnres-eval=modeling_attnres.eval.cli:main",
         ],
         # Read by versions of lm-eval that look for plugins; 0.4.13 does not.

@@ -4,7 +4,8 @@
 
 The folder's `*.txt` files are tokenized with a byte-level BPE trained on them; the last twentieth of every file is held
 out. `--set` overrides any argument of the preset (`--set depth_attention_type=static sublayers_per_block=4`). Writes the
-model, `metrics.jsonl`, `loss.png` and `summary.json`; `--resume` continues from the last checkpoint.
+model, `metrics.jsonl`, `loss.png`, `summary.json`, and under `dynamics/` how depth weights, output magnitudes and
+gradient norms developed; `--resume` continues from the last checkpoint.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_attnres import AttnResConfig
 from modeling_attnres.configuration import list_presets, load_preset
-from modeling_attnres.training import JsonlMetrics, attnres_optimizer, plot_metrics
+from modeling_attnres.training import DepthDynamics, JsonlMetrics, attnres_optimizer, plot_metrics
 
 
 HELD_OUT = 0.05
@@ -105,7 +106,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the data's order")
     parser.add_argument("--eval-steps", type=int, default=100)
     parser.add_argument("--save-steps", type=int, default=250)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args(argv)
@@ -130,7 +131,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         seed=args.seed,
         data_seed=args.seed,
         bf16=args.bf16,
-        gradient_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing=args.activation_checkpointing,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
@@ -159,7 +160,10 @@ def main(argv: list[str] | None = None) -> dict:
         eval_dataset=held_out,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=attnres_optimizer(arguments, args.query_lr or args.lr) if depth_attention else None,
-        callbacks=[JsonlMetrics(args.output / "metrics.jsonl")],
+        callbacks=[
+            JsonlMetrics(args.output / "metrics.jsonl"),
+            DepthDynamics(torch.tensor(held_out[:4]["input_ids"]), args.output / "dynamics", every=args.eval_steps),
+        ],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     loss = trainer.evaluate()["eval_loss"]

@@ -32,7 +32,13 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .block_summaries_attnres import BlockSummaries, accumulation_dtype, norm_with_floor, weighted_sum
+from .block_summaries_attnres import (
+    BlockSummaries,
+    accumulation_dtype,
+    norm_with_floor,
+    weighted_sum,
+    without_autocast,
+)
 from .depth_merge_attnres import merge_mean, merge_sum
 
 
@@ -158,6 +164,7 @@ class MeanWeights:
         return ()
 
     @classmethod
+    @without_autocast
     def read_sources(
         cls, queries: torch.Tensor, sources: Sequence[torch.Tensor], norm_floor: torch.Tensor
     ) -> list[DepthRead]:

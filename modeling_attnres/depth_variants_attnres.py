@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .block_summaries_attnres import accumulation_dtype, norm_with_floor
+from .block_summaries_attnres import accumulation_dtype, norm_with_floor, without_autocast
 from .configuration_attnres import AttnResConfig
 from .depth_attention_attnres import FORMS, DepthAttention, DepthStream, MeanWeights
 
@@ -150,6 +150,7 @@ class SourcesForm:
         """The parameters of each of a layer's mixes; the sources come with the state."""
         return queries.unbind(0)
 
+    @without_autocast
     def phase_two(self, query: torch.Tensor, norm_floor: torch.Tensor, *state: torch.Tensor):
         """The mix `[B, T, D]` of the n sources `[B, T, D]` in `state`, and its weights `[n, B, T]` (or `[n, B, T, H]`).
 

@@ -69,6 +69,7 @@ from .block_summaries_attnres import BlockSummaries
 from .configuration_attnres import AttnResConfig
 from .depth_attention_attnres import DepthAttention, DepthRead, DepthStream
 from .depth_variants_attnres import build_depth_attention
+from .peft_attnres import register_peft_targets
 
 
 # On disk the backbone keeps its own names: an AttnRes checkpoint is the PreNorm checkpoint plus `depth_attention.*`, and
@@ -155,12 +156,15 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
         mixer_input, mixer_logit = form.phase_two(mixer_read, norm_floor, *state)
         output = self._mix_tokens(getattr(self, self.plan.mixer_norm)(mixer_input), kwargs)
+        # Under autocast the sublayers compute in half precision, and the stream stays in the embedding's.
+        output = output.to(mixer_input.dtype)
         state = form.advance(state, output, self.mixer_starts_block)
 
         hidden_states, feed_forward_logit = form.phase_two(feed_forward_read, norm_floor, *state)
         output = getattr(self, self.plan.feed_forward)(getattr(self, self.plan.feed_forward_norm)(hidden_states))
         if isinstance(output, tuple):  # a mixture of experts that returns its routing too
             output = output[0]
+        output = output.to(mixer_input.dtype)
         state = form.advance(state, output, self.feed_forward_starts_block)
 
         weights = (None, None)
@@ -493,6 +497,7 @@ AUTO_CLASSES = {
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class)
     _model_class.register_for_auto_class(_auto_class.__name__)
+register_peft_targets()
 
 
 def auto_map() -> dict[str, str]:

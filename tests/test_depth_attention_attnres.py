@@ -279,3 +279,18 @@ def test_bad_arguments_are_named(kwargs, message):
     arguments = {"query": query, "key_norm": key_norm, "sublayers_per_block": 2, **kwargs}
     with pytest.raises(ValueError, match=message):
         attention_residuals(embedding, sublayers, eps=EPS, **arguments)
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+@pytest.mark.parametrize("sublayers_per_block", [1, 4])
+def test_autocast_stays_out_of_depth_attention(sublayers_per_block, depth_weights):
+    """It is for the sublayers: what it would round are the scores. Sublayers here have nothing to cast."""
+    embedding, _, query, key_norm, direction = random_stack(8, 2.0, torch.float32)
+    sublayers = [lambda x, shift=shift: torch.sin(x + shift) for shift in range(8)]
+    stack = (embedding, sublayers, query, key_norm, direction)
+    kwargs = {"sublayers_per_block": sublayers_per_block, "depth_weights": depth_weights}
+    expected = output_and_gradients(stack, **kwargs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attention_residuals(embedding, sublayers, query, key_norm, EPS, **kwargs)
+    found = (output, *torch.autograd.grad((output * direction).sum(), (embedding, query, key_norm)))
+    assert all(torch.equal(value, reference) for value, reference in zip(found, expected, strict=True))
