@@ -39,7 +39,7 @@ def without_autocast(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
-        if not torch.is_autocast_enabled(device):
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

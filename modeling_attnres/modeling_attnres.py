@@ -23,6 +23,7 @@ n sources of a mix.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,7 @@ from .configuration_attnres import AttnResConfig
 from .depth_attention_attnres import DepthAttention, DepthRead, DepthStream
 from .depth_variants_attnres import build_depth_attention
 from .peft_attnres import register_peft_targets
+from .state_dict_attnres import to_model_names
 
 
 # On disk the backbone keeps its own names: an AttnRes checkpoint is the PreNorm checkpoint plus `depth_attention.*`, and
@@ -156,16 +158,14 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
         mixer_input, mixer_logit = form.phase_two(mixer_read, norm_floor, *state)
         output = self._mix_tokens(getattr(self, self.plan.mixer_norm)(mixer_input), kwargs)
-        # Under autocast the sublayers compute in half precision, and the stream stays in the embedding's.
-        output = output.to(mixer_input.dtype)
-        state = form.advance(state, output, self.mixer_starts_block)
+        # Under autocast a sublayer's output is narrower than the stream; sources are kept as wide as that.
+        state = form.advance(state, output.to(mixer_input.dtype), self.mixer_starts_block)
 
         hidden_states, feed_forward_logit = form.phase_two(feed_forward_read, norm_floor, *state)
         output = getattr(self, self.plan.feed_forward)(getattr(self, self.plan.feed_forward_norm)(hidden_states))
         if isinstance(output, tuple):  # a mixture of experts that returns its routing too
             output = output[0]
-        output = output.to(mixer_input.dtype)
-        state = form.advance(state, output, self.feed_forward_starts_block)
+        state = form.advance(state, output.to(mixer_input.dtype), self.feed_forward_starts_block)
 
         weights = (None, None)
         if output_depth_weights:
@@ -241,6 +241,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
         if type(self).__module__ == __name__:  # a subclass from elsewhere brings its own file, not this one
             self.config.auto_map = (vars(self.config).get("auto_map") or {}) | auto_map()
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As in torch; takes a checkpoint file's names for the model's own, as `Trainer` gives them on resuming."""
+        return super().load_state_dict(to_model_names(self, state_dict), strict=strict, assign=assign)
 
 
 class AttnResModel(AttnResPreTrainedModel):
