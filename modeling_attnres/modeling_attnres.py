@@ -23,6 +23,7 @@ n sources of a mix.
 """
 
 import os
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -192,6 +194,81 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         return output[0] if isinstance(output, tuple) else output
 
 
+def backbone_inputs(
+    backbone: nn.Module,
+    text_config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | dict | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> tuple[list, dict]:
+    """Every decoder layer's attention mask, and the keyword arguments that the layers share.
+
+    Args:
+        backbone: holds `rotary_emb`, if the backbone has one.
+        inputs_embeds: any hidden states `[B, T, D]`: only their shape, dtype and device count.
+    """
+    if position_ids is None:
+        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+        position_ids = position_ids.unsqueeze(0)
+    masks = attention_mask
+    if not isinstance(masks, dict):  # `generate` prepares them when the cache is static
+        masks = create_masks_for_generate(text_config, inputs_embeds, masks, past_key_values, position_ids)
+    masks = [layer_attention_mask(masks, text_config, index) for index in range(text_config.num_hidden_layers)]
+    layer_kwargs = {"position_ids": position_ids, "past_key_values": past_key_values}
+    if hasattr(backbone, "rotary_emb"):
+        layer_kwargs["position_embeddings"] = backbone.rotary_emb(inputs_embeds, position_ids=position_ids)
+    return masks, layer_kwargs
+
+
+def run_decoder_layers(
+    layers: Sequence[AttnResDecoderLayer] | Mapping[int, AttnResDecoderLayer],
+    depth: DepthStream,
+    state: tuple[torch.Tensor, ...],
+    masks: Sequence[Any],
+    training: bool,
+    wanted: Container[int] = (),
+    **layer_kwargs,
+) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """Runs the decoder layers of `depth.groups`: the loop of [`AttnResModel`], or a pipeline stage's part of it.
+
+    Args:
+        layers: the decoder layers by their index in the model.
+        state: the depth state at the first of them.
+        masks: every decoder layer's attention mask.
+        wanted: indices of the layers whose token mixer's mix is to be kept.
+        layer_kwargs: the keyword arguments that the layers share.
+
+    Returns:
+        The depth state after the last layer; per layer the token mixer's mix `[B, T, D]`, or `None` where it is not
+        wanted; per sublayer the weights `[B, T, n]`, or `None` where `output_depth_weights` does not ask for them.
+    """
+    hidden_states, depth_weights = [], []
+    for first, last in depth.groups:
+        group = range(first // 2, last // 2)
+        recompute = training and any(layers[index].gradient_checkpointing for index in group)
+        reads = None if recompute else depth.read(first, last)
+        for index in group:
+            depth_inputs, depth_kwargs = _layer_reads(depth, reads, index, first)
+            mix, *weights_and_state = layers[index](
+                depth.norm_floor, *depth_inputs, *state, **depth_kwargs, attention_mask=masks[index], **layer_kwargs
+            )
+            state = tuple(weights_and_state[2:])
+            hidden_states.append(mix if index in wanted else None)  # a mix not asked for is freed here
+            depth_weights += weights_and_state[:2]
+        state = depth.close(state, next_sublayer=last)
+    return state, hidden_states, depth_weights
+
+
+def _layer_reads(depth: DepthStream, reads: list[DepthRead] | None, index: int, first: int) -> tuple[tuple, dict]:
+    """Phase 1 of decoder layer `index` as its inputs: done, or as sources for a layer that recomputes it."""
+    sublayer = 2 * index
+    if reads is None:
+        return (depth.queries[sublayer : sublayer + 2], *depth.sources), {"num_sources": len(depth.sources)}
+    return (), {"reads": reads[sublayer - first : sublayer - first + 2]}
+
+
 class AttnResPreTrainedModel(PreTrainedModel):
     config: AttnResConfig
     config_class = AttnResConfig
@@ -314,8 +391,9 @@ class AttnResModel(AttnResPreTrainedModel):
             inputs_embeds = self.backbone.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        masks, layer_kwargs = self._backbone_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
-        layers = list(self.backbone.layers)
+        masks, layer_kwargs = backbone_inputs(
+            self.backbone, self.config.text_config, inputs_embeds, attention_mask, position_ids, past_key_values
+        )
         layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
 
         queries, norm_floor = self.depth_attention(inputs_embeds)
@@ -324,21 +402,10 @@ class AttnResModel(AttnResPreTrainedModel):
         bank = block_summaries if reuse else BlockSummaries()
         depth = DepthStream(queries, norm_floor, bank, self.config.sublayers_per_block, self.config.depth_weights)
         state = depth.start(inputs_embeds)
-        hidden_states, depth_weights = [], []
         wanted = self._wanted_hidden_states(kwargs)
-        for first, last in depth.groups:
-            group = range(first // 2, last // 2)
-            recompute = self.training and any(layers[index].gradient_checkpointing for index in group)
-            reads = None if recompute else depth.read(first, last)
-            for index in group:
-                depth_inputs, depth_kwargs = self._layer_reads(depth, reads, index, first)
-                mix, *weights_and_state = layers[index](
-                    norm_floor, *depth_inputs, *state, **depth_kwargs, attention_mask=masks[index], **layer_kwargs
-                )
-                state = tuple(weights_and_state[2:])
-                hidden_states.append(mix if index in wanted else None)  # a mix not asked for is freed here
-                depth_weights += weights_and_state[:2]
-            state = depth.close(state, next_sublayer=last)
+        state, hidden_states, depth_weights = run_decoder_layers(
+            list(self.backbone.layers), depth, state, masks, self.training, wanted, **layer_kwargs
+        )
         mix, output_weights = depth.mix_output(state, with_weights=output_depth_weights)
         last_hidden_state = self.backbone.norm(mix)
         hidden_states.append(last_hidden_state if len(hidden_states) in wanted else None)
@@ -350,29 +417,6 @@ class AttnResModel(AttnResPreTrainedModel):
             depth_weights=(*depth_weights, output_weights) if output_depth_weights else None,
             block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
         )
-
-    def _backbone_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[list, dict]:
-        """Every layer's attention mask, and the keyword arguments that the layers share."""
-        if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
-        text_config, masks = self.config.text_config, attention_mask
-        if not isinstance(masks, dict):  # `generate` prepares them when the cache is static
-            masks = create_masks_for_generate(text_config, inputs_embeds, masks, past_key_values, position_ids)
-        masks = [layer_attention_mask(masks, text_config, index) for index in range(len(self.backbone.layers))]
-        layer_kwargs = {"position_ids": position_ids, "past_key_values": past_key_values}
-        if hasattr(self.backbone, "rotary_emb"):
-            layer_kwargs["position_embeddings"] = self.backbone.rotary_emb(inputs_embeds, position_ids=position_ids)
-        return masks, layer_kwargs
-
-    @staticmethod
-    def _layer_reads(depth: DepthStream, reads: list[DepthRead] | None, index: int, first: int) -> tuple[tuple, dict]:
-        """Phase 1 of decoder layer `index` as its inputs: done, or as sources for a layer that recomputes it."""
-        sublayer = 2 * index
-        if reads is None:
-            return (depth.queries[sublayer : sublayer + 2], *depth.sources), {"num_sources": len(depth.sources)}
-        return (), {"reads": reads[sublayer - first : sublayer - first + 2]}
 
     def _wanted_hidden_states(self, kwargs: dict) -> set[int]:
         """Indices of the hidden states that `output_hidden_states` asks for: none, all, or those it names."""
