@@ -17,6 +17,7 @@ Letters: L sublayers (two per decoder layer), S sublayers per block, P ranks, V 
 stages in all. Stage k runs on rank k mod P. A *source* is the embedding (source 0) or a finished block.
 """
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -111,7 +112,7 @@ def stage_boundaries(num_layers: int, num_stages: int, splits: list[int] | None 
         shortest, longer = divmod(num_layers, num_stages)
         return tuple(stage * shortest + min(stage, longer) for stage in range(num_stages + 1))
     boundaries = (0, *splits, num_layers)
-    if len(boundaries) != num_stages + 1 or any(a >= b for a, b in zip(boundaries, boundaries[1:])):
+    if len(boundaries) != num_stages + 1 or any(a >= b for a, b in itertools.pairwise(boundaries)):
         raise ValueError(
             f"`splits` must be {num_stages - 1} increasing indices from 1 to {num_layers - 1}, the first decoder layer "
             f"of every stage after the first ({num_stages} stages, {num_layers} layers), got {list(splits)}."
