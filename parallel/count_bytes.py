@@ -36,13 +36,14 @@ from modeling_attnres.parallel.layout import CACHING, formula_summaries
 from modeling_attnres.parallel.stages import pipeline_stages
 
 
-MICRO_BATCHES, BATCH, TOKENS, WIDTH = 4, 1, 8, 16
+MICRO_BATCHES, BATCH, TOKENS, WIDTH = 2, 1, 8, 16
 
 
 class SentBytes(TorchDispatchMode):
-    """Adds up the bytes of every tensor that this process sends point to point while the context is open.
+    """Adds up the bytes of all floating-point tensors that this process sends point to point, while it is open.
 
-    It sees the operator `c10d::send`, into which every send of `torch.distributed` ends, whatever the backend.
+    It sees the operator `c10d::send`, in which every send of `torch.distributed` ends, whatever the backend. (Schedules
+    set themselves up with a few integers.)
 
     Attributes:
         total: bytes sent.
@@ -54,7 +55,7 @@ class SentBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.c10d.send.default:
-            self.total += sum(tensor.numel() * tensor.element_size() for tensor in args[0])
+            self.total += sum(tensor.nbytes for tensor in args[0] if tensor.is_floating_point())
         return func(*args, **(kwargs or {}))
 
 
@@ -72,10 +73,8 @@ def count_step(stages: list, input_ids: torch.Tensor, num_micro_batches: int) ->
     schedule = ScheduleInterleaved1F1B(stages, num_micro_batches, loss_fn)
     inputs = (input_ids,) if stages[0].is_first else ()
     targets = {"target": input_ids} if stages[-1].is_last else {}
-    schedule.step(*inputs, **targets)  # the first step of a schedule also sends a few bytes to set itself up
     with SentBytes() as step:
         schedule.step(*inputs, **targets)
-    schedule.eval(*inputs, **targets)
     with SentBytes() as forward:
         schedule.eval(*inputs, **targets)
     totals = torch.tensor([forward.total, step.total - forward.total])
@@ -119,6 +118,20 @@ def count_caching(mesh, virtual_stages: int, layers_per_stage: int, sublayers_pe
     return found
 
 
+def format_table(found: list[dict]) -> str:
+    """What [`count_caching`] found as a table in Markdown."""
+    lines = [
+        "| caching | block summaries sent | closed form | embedding | returned in backward | largest transition |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{row['caching']}` | {row['summaries']:g} | {row['formula']} | {row['embedding']} | "
+        f"{row['backward']:g} | {row['peak']} |"
+        for row in found
+    ]
+    return "\n".join(lines)
+
+
 def _worker(rank: int, options: argparse.Namespace, rendezvous: str):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -128,15 +141,7 @@ def _worker(rank: int, options: argparse.Namespace, rendezvous: str):
     found = count_caching(mesh, options.virtual_stages, options.layers_per_stage, options.sublayers_per_block)
     dist.destroy_process_group()
     if rank == 0:
-        print(
-            "| caching | block summaries sent | closed form | embedding | returned in backward | peak of a transition |"
-        )
-        print("|---|---|---|---|---|---|")
-        for row in found:
-            print(
-                f"| {row['caching']} | {row['summaries']:g} | {row['formula']} | {row['embedding']} | "
-                f"{row['backward']:g} | {row['peak']} |"
-            )
+        print(format_table(found))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -40,7 +40,7 @@ class Case:
     splits: tuple[int, ...] | None = None
     caching: str = "all"
     dtype: torch.dtype = torch.float64
-    num_layers: int = 8
+    num_layers: int = 6
     model_type: str = "llama"
     tied: bool = False
     checkpointing: str | None = None
@@ -173,9 +173,9 @@ def bytes_sent(mesh, cases: list[Case]) -> list[tuple]:
     results = []
     for case in cases:
         stages = build_stages(mesh, case)
-        input_ids, _ = batch_for(case)
+        input_ids = batch_for(case)[0][:4]  # two micro-batches
         vector = input_ids.numel() * 32 * case.dtype.itemsize
-        forward, backward = count_step(stages, input_ids, MICRO_BATCHES)
+        forward, backward = count_step(stages, input_ids, 2)
         layout = stages[0].layout
         states = sum(map(layout.state_tensors, range(layout.num_stages)))
         sources = sum(len(layout.received_sources(stage)) for stage in range(layout.num_stages))
@@ -189,7 +189,7 @@ def resident_bytes() -> int:
 
 
 def memory_over_steps(mesh, case: Case, steps: int) -> dict:
-    """Resident memory after step 10 and the last, sources still cached, and filed sources that outlived their step."""
+    """Resident memory after a fifth of the steps and after all, sources still cached, and filed sources that outlived their step."""
     shape = (4, 64)
     stages = build_stages(mesh, case, shape)
     schedule = build_schedule(stages, case)
@@ -207,7 +207,7 @@ def memory_over_steps(mesh, case: Case, steps: int) -> dict:
         for stage in stages:
             stage.submod.zero_grad()
         cached.append(len(stages[0].cache))
-        if step in (10, steps):
+        if step in (steps // 5, steps):
             gc.collect()
             resident[step] = resident_bytes()
     source_bytes = shape[0] * shape[1] * 32 * case.dtype.itemsize
@@ -217,7 +217,7 @@ def memory_over_steps(mesh, case: Case, steps: int) -> dict:
         "cached": max(cached),
         # The outputs of a step stay with torch's stages until the next step begins.
         "alive": sum(reference() is not None for reference in filed[: -len(filed) // steps]),
-        "resident": resident,
+        "grown": resident[steps] - resident[steps // 5],
     }
 
 
@@ -349,3 +349,20 @@ def step_until_killed(mesh, case: Case, victim: int) -> dict:
         except RuntimeError as error:
             return {"step": step, "seconds": time.monotonic() - started, "message": str(error)}
     return {}
+
+
+def generation_refusals(mesh) -> list[str]:
+    """Messages of what `generate_greedily` raises for its arguments, and for a model in training mode."""
+    stages = pipeline_stages(tiny_model("llama", num_hidden_layers=4), mesh, (4, 6))
+    messages = []
+    for training, arguments in (
+        (False, {"max_new_tokens": 2, "num_micro_batches": 3}),
+        (False, {"max_new_tokens": 0}),
+        (True, {"max_new_tokens": 2}),
+    ):
+        stages[0].submod.train(training)
+        try:
+            generate_greedily(stages, tiny_inputs(4, 6), **arguments)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages

@@ -1,6 +1,7 @@
 """A pipeline computes what the model in one piece computes: losses, gradients, weights; and fails loudly."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from pipeline_workers import (
 )
 from processes import COMMUNICATION_TIMEOUT, run_ranks
 
-from modeling_attnres.parallel.layout import formula_summaries
+from modeling_attnres.parallel.layout import CACHING, formula_summaries
 
 
 # Sums in another order: a few roundings of the dtype, times the depth of the tiny model.
@@ -25,26 +26,20 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 TWO_RANKS = [
     Case(1, "mean", 1, "gpipe"),
-    Case(2, "mean", 1, "1f1b"),
-    Case(3, "sum", 1, "interleaved"),
-    Case(4, "mean", 2, "interleaved"),
-    Case(1, "sum", 2, "looped"),
-    Case(3, "mean", 2, "interleaved", splits=(1, 2, 6)),
+    Case(2, "sum", 1, "1f1b", dtype=torch.float32),
+    Case(3, "sum", 1, "interleaved", splits=(2,), padded=True),
+    Case(3, "mean", 2, "interleaved", splits=(1, 2, 4)),
+    Case(1, "sum", 2, "looped", checkpointing="reentrant"),
+    Case(2, "mean", 3, "interleaved"),  # a cached source is read by two later stages
     Case(2, "mean", 3, "interleaved", caching="received"),  # sources come back to the rank that produced them
-    Case(2, "mean", 3, "interleaved", num_layers=6),  # a cached source is read by two later stages
-    Case(16, "sum", 2, "interleaved", splits=(3, 4, 5)),  # one block: groups straddle the boundaries
-    Case(3, "sum", 2, "interleaved", tied=True),
-    Case(3, "mean", 2, "interleaved", checkpointing="plain"),
-    Case(2, "sum", 2, "interleaved", checkpointing="reentrant"),
-    Case(2, "mean", 2, "interleaved", padded=True),
+    Case(12, "sum", 2, "interleaved", splits=(2, 3, 4)),  # one block: groups straddle the boundaries
+    Case(3, "sum", 2, "interleaved", tied=True, checkpointing="plain"),
     Case(1, "mean", 2, "interleaved", dtype=torch.float32),
-    Case(4, "sum", 1, "gpipe", dtype=torch.float32, splits=(3,)),
 ]
 FOUR_RANKS = [
-    Case(1, "mean", 2, "interleaved"),
-    Case(3, "sum", 2, "interleaved"),
-    Case(4, "mean", 1, "1f1b", splits=(1, 4, 6)),
-    Case(2, "mean", 2, "looped", caching="none"),
+    Case(1, "mean", 2, "interleaved", num_layers=8),
+    Case(3, "sum", 2, "interleaved", num_layers=9),
+    Case(4, "mean", 1, "1f1b", splits=(1, 4, 5), caching="none"),
 ]
 
 
@@ -78,17 +73,18 @@ def test_losses_and_gradients_in_every_combination(num_ranks, dtype, tmp_path):
     check(run_ranks(training_errors, num_ranks, tmp_path, cases, timeout=1800)[0], cases)
 
 
-@pytest.mark.parametrize(("num_ranks", "virtual_stages"), [(2, 3), (4, 2)])
-def test_bytes_sent_equal_the_closed_form(num_ranks, virtual_stages, tmp_path):
+@pytest.mark.parametrize(
+    ("num_ranks", "virtual_stages", "sublayers_per_block"),
+    [(2, 3, 1), *(pytest.param(4, *rest, marks=pytest.mark.slow) for rest in ((2, 1), (2, 2), (3, 2)))],
+)
+def test_bytes_sent_equal_the_closed_form(num_ranks, virtual_stages, sublayers_per_block, tmp_path):
     stages = num_ranks * virtual_stages
-    cachings = ("none", "received", "all")
     aligned = [
-        Case(block, "mean", virtual_stages, "interleaved", caching=caching, num_layers=stages)
-        for block in (1, 2)
-        for caching in cachings
+        Case(sublayers_per_block, "mean", virtual_stages, "interleaved", caching=caching, num_layers=stages)
+        for caching in CACHING
     ]
     # Blocks that end elsewhere, and a stream: the layout alone knows the counts.
-    others = [Case(3, "sum", virtual_stages, "interleaved", caching=c, num_layers=stages + 1) for c in cachings]
+    others = [Case(3, "sum", virtual_stages, "interleaved", num_layers=stages + 1)]
     counts = run_ranks(bytes_sent, num_ranks, tmp_path, aligned + others)[0]
     for case, (forward, backward, states, sources) in zip(aligned + others, counts, strict=True):
         assert forward == backward == states + sources, case
@@ -100,21 +96,20 @@ def test_bytes_sent_equal_the_closed_form(num_ranks, virtual_stages, tmp_path):
             assert states >= stages - 1, case  # the stream at every boundary
 
 
-def test_caches_are_empty_and_memory_is_flat(tmp_path):
-    case = Case(1, "sum", 2, "interleaved", dtype=torch.float32)
-    for result in run_ranks(memory_over_steps, 2, tmp_path, case, 50):
-        assert result["filed"] == 50 * 4 * result["filed"] // 200 > 0
+@pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.slow)])
+def test_caches_are_empty_and_memory_is_flat(steps, tmp_path):
+    case = Case(1, "sum", 2, "interleaved", dtype=torch.float32, num_layers=4)
+    for result in run_ranks(memory_over_steps, 2, tmp_path, case, steps):
+        assert result["filed"] >= 4 * steps
         assert result["cached"] == 0
         assert result["alive"] == 0
         # A leak of the cached sources alone would have cost four fifths of `filed_bytes`.
-        grown = result["resident"][50] - result["resident"][10]
-        assert grown < 0.05 * result["filed_bytes"], result
+        assert result["grown"] < 0.2 * result["filed_bytes"], result
 
 
 def test_forward_only(tmp_path):
-    cases = [Case(3, "mean", 2, "interleaved", padded=True), Case(2, "sum", 1, "gpipe")]
-    for index, case in enumerate(cases):
-        assert max(run_ranks(forward_only, 2, tmp_path / str(index), case)) <= TOLERANCES[case.dtype]
+    case = Case(3, "mean", 2, "interleaved", padded=True)
+    assert max(run_ranks(forward_only, 2, tmp_path, case)) <= TOLERANCES[case.dtype]
 
 
 def test_weights_after_steps_of_an_optimizer_are_gathered(tmp_path):
@@ -141,9 +136,7 @@ REFUSALS = [
 def test_arguments_that_do_not_fit_are_refused(tmp_path):
     for messages in run_ranks(refusals, 2, tmp_path, [attempt for attempt, _ in REFUSALS]):
         for message, (_, expected) in zip(messages, REFUSALS, strict=True):
-            assert pytest.raises(ValueError, match=expected)
-            with pytest.raises(ValueError, match=expected):
-                raise ValueError(message)
+            assert re.search(expected, message), message
 
 
 def test_steps_that_do_not_fit_are_refused(tmp_path):
