@@ -15,7 +15,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleIn
 from torch.distributed.pipelining.schedules import ScheduleLoopedBFS
 
 from modeling_attnres.parallel import gather_state_dict, pipeline_stages, reduce_shared_gradients
-from modeling_attnres.parallel.count_bytes import count_step
+from modeling_attnres.parallel.count_bytes import count_caching, count_step
 from modeling_attnres.parallel.generation import generate_greedily
 from modeling_attnres.parallel.stage_module import merge_stage_tensors
 
@@ -336,13 +336,7 @@ def step_until_killed(mesh, case: Case, victim: int) -> dict:
     input_ids, kwargs = batch_for(case)
     for step in range(100):
         if step == 2 and mesh.get_rank() == victim:
-            run = stages[0].run
-
-            def dying_run(*args, **options):
-                os.kill(os.getpid(), signal.SIGKILL)
-                return run(*args, **options)
-
-            stages[0].run = dying_run
+            stages[0].run = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
         started = time.monotonic()
         try:
             run_step(schedule, stages, input_ids, kwargs)
@@ -366,3 +360,20 @@ def generation_refusals(mesh) -> list[str]:
         except ValueError as error:
             messages.append(str(error))
     return messages
+
+
+def run_code(mesh, blocks: list[str], folder: str) -> dict:
+    """Runs the document's Python blocks in `folder`, one namespace for all; the steps trained, and whether it generated."""
+    os.chdir(folder)
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "pipeline.md", "exec"), namespace)
+    expected = namespace["model"].generate(
+        torch.arange(3, 11).view(2, 4), max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    return {"steps": namespace["step"] + 1, "generated": torch.equal(namespace["tokens"], expected)}
+
+
+def count_rows(mesh, options) -> list[dict]:
+    """What the command of `count_bytes` counts with these options."""
+    return count_caching(mesh, options.virtual_stages, options.layers_per_stage, options.sublayers_per_block)

@@ -74,10 +74,10 @@ def test_splits_that_do_not_cut_are_refused(splits):
 
 
 def test_more_stages_than_layers_are_refused():
-    with pytest.raises(ValueError, match="pipeline of 5 stages .* and the model has 4"):
+    with pytest.raises(ValueError, match=r"pipeline of 5 stages .* and the model has 4"):
         stage_boundaries(4, 5)
 
 
 def test_caching_is_checked():
-    with pytest.raises(ValueError, match="`caching` must be one of .* got 'some'"):
+    with pytest.raises(ValueError, match=r"`caching` must be one of .* got 'some'"):
         PipelineLayout((0, 1, 2), 2, 1, False, "some")
