@@ -125,7 +125,7 @@ def _step(stages, caches, new, mask, positions) -> torch.Tensor:
 
 
 def _receive(stage: AttnResPipelineStage, shape: torch.Size) -> tuple[torch.Tensor, ...]:
-    source = stage._resolve_peer_global_rank(stage.stage_index - 1)
+    source = stage.rank_of(stage.stage_index - 1)
     parameter = stage.submod.model.depth_attention.query
     received = [
         parameter.new_empty(*shape, parameter.shape[-1])
@@ -138,7 +138,7 @@ def _receive(stage: AttnResPipelineStage, shape: torch.Size) -> tuple[torch.Tens
 
 def _send(stage: AttnResPipelineStage, outputs: tuple[torch.Tensor, ...]) -> list[tuple[dist.Work, torch.Tensor]]:
     # The tensors go with the works: they must live until they are sent.
-    target = stage._resolve_peer_global_rank(stage.stage_index + 1)
+    target = stage.rank_of(stage.stage_index + 1)
     return [(dist.isend(tensor, dst=target, group=stage.group), tensor) for tensor in outputs]
 
 

@@ -62,6 +62,7 @@ class AttnResPipelineStage(PipelineStage):
             return torch.empty(*micro_batch_shape, width, dtype=dtype, device="meta", requires_grad=True)
 
         hidden = example(text_config.hidden_size)
+        self._sent_as = (hidden.shape, hidden.dtype)
         inputs = (hidden,) * layout.tensors_received(stage)
         if module.is_first:
             inputs = (torch.empty(micro_batch_shape, dtype=torch.long, device="meta"),)
@@ -75,6 +76,10 @@ class AttnResPipelineStage(PipelineStage):
     def is_last_of_rank(self) -> bool:
         """Whether this rank has no later virtual stage."""
         return self.stage_index + self.layout.num_ranks >= self.num_stages
+
+    def rank_of(self, stage: int) -> int:
+        """The global rank that runs a stage."""
+        return dist.get_global_rank(self.group, stage % self.layout.num_ranks)
 
     def run(self, micro_batch: int, *tensors: torch.Tensor, **kwargs):
         """The stage's forward: reads this rank's cache, adds to it, and returns what the next stage receives."""
@@ -91,13 +96,12 @@ class AttnResPipelineStage(PipelineStage):
 
     def _check_outputs(self, outputs: tuple[torch.Tensor, ...]):
         # The receiver's buffers are made already: anything else would arrive garbled, or never.
-        expected = {(meta.shape, meta.dtype) for meta in self._user_meta.outputs}
-        sent = {(output.shape, output.dtype) for output in outputs}
-        if sent != expected:
-            raise ValueError(
-                f"Stage {self.stage_index} must send tensors of shape and dtype {expected}, which it was built for, "
-                f"and has {sent}. Autocast and parameters of several dtypes are not supported."
-            )
+        for output in outputs:
+            if (output.shape, output.dtype) != self._sent_as:
+                raise ValueError(
+                    f"Stage {self.stage_index} was built to send tensors of {self._sent_as}, and has one of "
+                    f"{(output.shape, output.dtype)} to send. (Autocast is not supported.)"
+                )
 
     def forward_one_chunk(self, fwd_chunk_id: int, args, kwargs=None, save_forward_output: bool = True):
         if self.is_first and tuple(args[0].shape) != self.micro_batch_shape:
@@ -245,7 +249,7 @@ def reduce_shared_gradients(stages: Sequence[AttnResPipelineStage]):
             raise RuntimeError(
                 "`reduce_shared_gradients` comes after a backward, and the shared weight has no `grad`."
             )
-        peer = stage._resolve_peer_global_rank(stage.num_stages - 1 if stage.is_first else 0)
+        peer = stage.rank_of(stage.num_stages - 1 if stage.is_first else 0)
         received = torch.empty_like(weight.grad)
         exchange = [
             dist.P2POp(dist.isend, weight.grad.contiguous(), peer, stage.group),
