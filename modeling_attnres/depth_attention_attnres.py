@@ -155,9 +155,9 @@ class MeanWeights:
     """Weights that sum to 1: the paper's form. The state between sublayers is the recent sources."""
 
     @classmethod
-    def stream(cls, *args) -> "DepthStream":
-        """The depth side of one forward in this form; arguments as those of [`DepthStream`] up to the form."""
-        return DepthStream(*args, form=cls)
+    def stream(cls, *args, **kwargs) -> "DepthStream":
+        """The depth side of one forward in this form; the other arguments are those of [`DepthStream`]."""
+        return DepthStream(*args, form=cls, **kwargs)
 
     @staticmethod
     def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -360,6 +360,8 @@ class DepthStream:
         bank: the block summaries to fill.
         sublayers_per_block: S.
         form: how weights come from scores, one of `FORMS`.
+        sublayers: the run `[first, last)` that this forward computes, whole decoder layers; all L if not given. A
+            pipeline stage computes some, and scores the sources for these alone.
     """
 
     def __init__(
@@ -369,12 +371,18 @@ class DepthStream:
         bank: BlockSummaries,
         sublayers_per_block: int,
         form: type[MeanWeights],
+        sublayers: tuple[int, int] | None = None,
     ):
         self.queries, self.norm_floor, self.bank = queries, norm_floor, bank
         self.sublayers_per_block = sublayers_per_block
         self.form = form
         self.num_sublayers = len(queries) - 1
-        self.groups = sublayer_groups(self.num_sublayers, sublayers_per_block)
+        self.first, self.last = sublayers or (0, self.num_sublayers)
+        groups = sublayer_groups(self.num_sublayers, sublayers_per_block)
+        clipped = [(max(first, self.first), min(last, self.last)) for first, last in groups]
+        self.groups = [(first, last) for first, last in clipped if first < last]
+        # One past the last query that reads sources here: the output mix follows the last sublayer of the model.
+        self.num_readers = self.last + (self.last == self.num_sublayers)
         # The finished sources, alias by alias of the bank's slots, for layers that recompute phase 1.
         self.sources: list[torch.Tensor] = []
         self.output_read: DepthRead | None = None
@@ -383,12 +391,17 @@ class DepthStream:
 
     def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Empties the bank, files the embedding `[B, T, D]` as the first source; returns the first depth state."""
-        capacity = 1 + math.ceil(self.num_sublayers / self.sublayers_per_block)
-        if self.uses_bank:
-            self.bank.reset(embedding, capacity, num_queries=len(self.queries))
-        self.embedding = embedding
-        self._file(embedding)
+        self.resume((embedding,))
         return self.form.start(embedding)
+
+    def resume(self, sources: Sequence[torch.Tensor]):
+        """Empties the bank and files the sources `[B, T, D]` that were finished before the first sublayer."""
+        if self.uses_bank:
+            capacity = 1 + math.ceil(self.last / self.sublayers_per_block)
+            self.bank.reset(sources[0], capacity, num_queries=self.num_readers)
+        self.embedding = sources[0]
+        for source in sources:
+            self._file(source)
 
     def read(self, first: int, last: int) -> list[DepthRead]:
         """Phase 1 for the sublayers `[first, last)`."""
@@ -433,8 +446,8 @@ class DepthStream:
     def _file(self, source: torch.Tensor):
         if self.uses_bank:
             # Source k is complete when sublayer k * S begins, and no earlier query reads it from the bank.
-            first_reader = min(self.bank.length * self.sublayers_per_block, self.num_sublayers)
-            source = self.bank.append(source, self.queries, self.norm_floor, first_reader)
+            first_reader = min(max(self.bank.length * self.sublayers_per_block, self.first), self.num_sublayers)
+            source = self.bank.append(source, self.queries[: self.num_readers], self.norm_floor, first_reader)
         self.sources.append(source)
 
 

@@ -138,8 +138,8 @@ class SourcesForm:
     advance = staticmethod(MeanWeights.advance)
     recents = staticmethod(MeanWeights.recents)
 
-    def stream(self, *args) -> SourcesStream:
-        return SourcesStream(*args, form=self)
+    def stream(self, *args, **kwargs) -> SourcesStream:
+        return SourcesStream(*args, form=self, **kwargs)
 
     def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (embedding,)
