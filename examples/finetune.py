@@ -3,9 +3,9 @@
     attnres-convert path/to/model my-attnres-model --num-blocks 8
     python examples/finetune.py --model my-attnres-model --text path/to/texts --output build/finetune
 
-Writes `metrics.jsonl` (every logged record), `loss.png` and `model/` to the output folder, and prints the loss on held-out
-text before and after. With `--resume` it goes on from its last checkpoint, bit for bit. A PreNorm model is accepted too:
-with the same arguments it sees the same blocks in the same order, so the two can be compared.
+Writes `metrics.jsonl` (every logged record), `loss.png` and `model/` to the output folder, and prints the loss on
+held-out text before and after. With `--resume` it goes on from its last checkpoint, bit for bit. A PreNorm model is
+accepted too: with the same arguments it sees the same blocks in the same order, so the two can be compared.
 """
 
 import argparse

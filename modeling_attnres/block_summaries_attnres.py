@@ -21,8 +21,9 @@ gradient passes along it as one buffer into which every operation adds in place:
 no sums over its readers are left to autograd.
 """
 
+import functools
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 
 import torch
 
@@ -32,19 +33,24 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def without_autocast(tensor: torch.Tensor) -> AbstractContextManager:
-    """Autocast would round the products that make up scores and rows to half precision."""
-    device_type = tensor.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+def without_autocast(function: Callable) -> Callable:
+    """Keeps autocast, which is meant for the sublayers, out of depth attention: it would round scores to half precision."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 def weighted_sum(weights: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
     """`[n, R, B, T]` weights and `[n, B, T, D]` sources to `[B, T, R, D]`, one small matrix product per token."""
     per_token = weights.flatten(2).permute(2, 1, 0).contiguous()  # [M, R, n]: batched products want it so
-    with without_autocast(sources):
-        rows = torch.bmm(per_token, sources.flatten(1, 2).transpose(0, 1))
+    rows = torch.bmm(per_token, sources.flatten(1, 2).transpose(0, 1))
     return rows.view(*sources.shape[1:3], -1, sources.shape[-1])
 
 
@@ -179,6 +185,7 @@ class BlockSummaries:
         """`[length, B, T]`, `1 / sqrt(mean(v^2) + eps)` of each live source."""
         return math.sqrt(self.sources.shape[-1]) / self.norms[: self.length]
 
+    @without_autocast
     def append(
         self, source: torch.Tensor, queries: torch.Tensor, norm_floor: torch.Tensor, first_reader: int = 0
     ) -> torch.Tensor:
@@ -197,8 +204,7 @@ class BlockSummaries:
         stored.copy_(source.detach())
         values = stored.to(norms.dtype)  # fp32 of one source at a time, never of the bank
         torch.hypot(torch.linalg.vector_norm(values, dim=-1), norm_floor, out=norms)
-        with without_autocast(values):
-            dots = torch.mm(queries.detach()[first_reader:], values.flatten(0, 1).T)
+        dots = torch.mm(queries.detach()[first_reader:], values.flatten(0, 1).T)
         torch.div(dots.view(-1, *norms.shape), norms, out=self.scores[slot, first_reader:])
         self.length += 1
         if self._gradient_link is None:
@@ -206,6 +212,7 @@ class BlockSummaries:
         self._gradient_link, alias = _LinkSource.apply(self._gradient_link, source, stored, slot)
         return alias
 
+    @without_autocast
     def score(self, queries: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """The scores `[n, R, B, T]` that the queries `[first, last)` of `[L + 1, D]` give the live sources."""
         scores = self.scores[: self.length, first:last]
@@ -215,6 +222,7 @@ class BlockSummaries:
             )
         return scores
 
+    @without_autocast
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums over the live sources with weights `[n, R, B, T]`: `[B, T, R, D]` in the sources' dtype."""
         weights = weights.to(self.sources.dtype)

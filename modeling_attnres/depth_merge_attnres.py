@@ -31,8 +31,7 @@ def score_recent(query: torch.Tensor, recent: torch.Tensor, norm_floor: torch.Te
     Computed in the query's dtype, at least fp32; their quotient is the score.
     """
     values = recent.to(query.dtype)
-    with without_autocast(values):
-        return torch.matmul(values, query), norm_with_floor(values, norm_floor)
+    return torch.matmul(values, query), norm_with_floor(values, norm_floor)
 
 
 def _writes_gradients_out() -> bool:
@@ -40,6 +39,7 @@ def _writes_gradients_out() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+@without_autocast
 def merge_mean(row, lse, query, recent, norm_floor):
     """`h = r row + (1 - r) recent`, `r = sigmoid(lse - score)`: online softmax with one extra source.
 
@@ -69,6 +69,7 @@ def _merge_mean(row, lse, query, recent, norm_floor):
     return mix, margin, kept, dot, norm
 
 
+@without_autocast
 def merge_sum(mix, half_offset, query, recent, norm_floor, num_sources: int):
     """`h = (1 - c) mix + c n recent`, with `x = exp(score + offset)` and `c = (x - 1) / (x - 1 + n)`.
 

@@ -40,8 +40,8 @@ _COUNTERPARTS = {
 def register_peft_targets():
     """Enters `attnres` in PEFT's tables of default target modules; without PEFT it does nothing.
 
-    The targets are those of a Llama, with their counterparts in other backbones. A list may name modules that a backbone
-    does not have: PEFT asks for one match. Methods that do not know Llama get no entry.
+    The targets are those of a Llama, with their counterparts in other backbones. A list may name modules that a
+    backbone does not have: PEFT asks for one match. Methods that do not know Llama get no entry.
     """
     if constants is None:
         return
@@ -54,12 +54,12 @@ def register_peft_targets():
 def attnres_lora_config(**kwargs) -> "LoraConfig":
     """A `peft.LoraConfig` that trains queries and key norms in full beside the adapter.
 
-    A converted model's queries are zero: LoRA alone leaves it the PreNorm model it was. Depth attention is small (two
-    vectors of D per sublayer), so it is trained and saved whole, as one of `modules_to_save`. Give it a learning rate of
-    its own (`modeling_attnres.training`).
+    A converted model's queries are zero: LoRA alone leaves its residual stream the plain sum it was. Depth attention
+    is small (two vectors of D per sublayer), so it is trained and saved whole, as one of `modules_to_save`. Give it a
+    learning rate of its own (`modeling_attnres.training`).
 
-    `merge_and_unload` keeps the trained queries; so does `unload`, which takes back the low-rank part alone, as PEFT does
-    for every module to save. `disable_adapter` and several adapters work; several adapters within one batch do not.
+    `merge_and_unload` keeps the trained queries; so does `unload`, which takes back the low-rank part alone, as PEFT
+    does for every module to save. `disable_adapter` and several adapters work; several within one batch do not.
 
     Args:
         kwargs: of `LoraConfig`. `task_type` defaults to "CAUSAL_LM", `modules_to_save` is added to.

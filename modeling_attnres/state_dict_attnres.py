@@ -27,8 +27,8 @@ def to_model_names(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor
     """Brings a state dict from the names that `save_pretrained` writes to the model's own.
 
     `from_pretrained` does so by itself, but `Trainer` resumes by reading a checkpoint's file and calling
-    `load_state_dict` with `strict=False`: names that do not fit are passed over, and training would go on from the wrong
-    weights without an error.
+    `load_state_dict` with `strict=False`: names that do not fit are passed over, and training would go on from the
+    wrong weights without an error.
 
     Args:
         model: names tensors as they are in memory.

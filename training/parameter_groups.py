@@ -64,8 +64,8 @@ def attnres_parameter_groups(
         `params`, `lr` and `weight_decay`. Frozen parameters are in none.
 
     Raises:
-        ValueError: if a rate is negative, the model has no depth attention, all of it is frozen, or FSDP1 has flattened
-            the parameters (with FSDP1, make the groups first; FSDP2 keeps them apart).
+        ValueError: if a rate is negative, the model has no depth attention, all of it is frozen, or FSDP1 has
+            flattened the parameters (with FSDP1, make the groups first; FSDP2 keeps them apart).
     """
     for argument, value in (("lr", lr), ("query_lr", query_lr), ("weight_decay", weight_decay)):
         if not value >= 0:
