@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor import DTensor
 
 from modeling_attnres.modeling_attnres import AttnResForCausalLM
 from modeling_attnres.parallel.cache import CrossStageCache
@@ -250,24 +251,31 @@ def reduce_shared_gradients(stages: Sequence[AttnResPipelineStage]):
                 "`reduce_shared_gradients` comes after a backward, and the shared weight has no `grad`."
             )
         peer = stage.rank_of(stage.num_stages - 1 if stage.is_first else 0)
-        received = torch.empty_like(weight.grad)
+        # Where data parallelism shards them, both are sharded alike.
+        gradient = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+        received = torch.empty_like(gradient)
         exchange = [
-            dist.P2POp(dist.isend, weight.grad.contiguous(), peer, stage.group),
+            dist.P2POp(dist.isend, gradient.contiguous(), peer, stage.group),
             dist.P2POp(dist.irecv, received, peer, stage.group),
         ]
         for work in dist.batch_isend_irecv(exchange):
             work.wait()
-        weight.grad += received
+        gradient += received
 
 
 def gather_state_dict(stages: Sequence[AttnResPipelineStage]) -> dict[str, torch.Tensor] | None:
     """The state dict of the whole model, on the CPU of the pipeline's first rank; `None` on the others, all call it.
 
-    `AttnResForCausalLM.load_state_dict` takes it, and `save_pretrained` then writes a checkpoint.
+    `AttnResForCausalLM.load_state_dict` takes it, and `save_pretrained` then writes a checkpoint. Weights that data
+    parallelism shards are put together first.
     """
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
     group = stages[0].group
     local = {
-        stage.stage_index: {name: tensor.cpu() for name, tensor in stage.submod.state_dict().items()}
+        stage.stage_index: {name: whole(tensor) for name, tensor in stage.submod.state_dict().items()}
         for stage in stages
     }
     is_target = dist.get_rank(group) == 0

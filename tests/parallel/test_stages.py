@@ -12,6 +12,7 @@ from pipeline_workers import (
     memory_over_steps,
     optimizer_steps,
     refusals,
+    sharded_errors,
     step_refusals,
     step_until_killed,
     training_errors,
@@ -118,6 +119,13 @@ def test_weights_after_steps_of_an_optimizer_are_gathered(tmp_path):
     # AdamW divides by gradients that may be tiny: errors grow, though only from rounding.
     error, _ = run_ranks(optimizer_steps, 2, tmp_path, Case(3, "mean", 2, "interleaved", tied=True), 2)
     assert error < 1e-6
+
+
+@pytest.mark.slow
+def test_stages_shard_under_fsdp(tmp_path):
+    case = Case(3, "sum", 2, "interleaved", tied=True)
+    errors = run_ranks(sharded_errors, 4, tmp_path, case)
+    assert [error for error in errors if error is not None] == pytest.approx([0, 0], abs=TOLERANCES[case.dtype])
 
 
 REFUSALS = [
