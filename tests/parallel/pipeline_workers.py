@@ -361,14 +361,20 @@ def step_refusals(mesh) -> list[str]:
     return messages
 
 
-def step_until_killed(mesh, case: Case, victim: int) -> dict:
-    """Steps forever; `victim` kills itself in the third step. Returns how the others learn of it, and when."""
+def step_until_failure(mesh, case: Case, victim: int, stalls: float = 0) -> dict:
+    """Steps on; `victim` kills itself in the third step, or `stalls` for seconds. How the others learn of it, and when."""
     stages = build_stages(mesh, case)
     schedule = build_schedule(stages, case)
     input_ids, kwargs = batch_for(case)
+
+    def fail(*args, **options):
+        if not stalls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(stalls)
+
     for step in range(100):
         if step == 2 and mesh.get_rank() == victim:
-            stages[0].run = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+            stages[0].run = fail
         started = time.monotonic()
         try:
             run_step(schedule, stages, input_ids, kwargs)

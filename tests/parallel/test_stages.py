@@ -14,7 +14,7 @@ from pipeline_workers import (
     refusals,
     sharded_errors,
     step_refusals,
-    step_until_killed,
+    step_until_failure,
     training_errors,
 )
 from processes import COMMUNICATION_TIMEOUT, run_ranks
@@ -157,9 +157,18 @@ def test_steps_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("num_ranks", "victim"), [(2, 1), (4, 2)])
 def test_a_killed_rank_ends_the_others_with_an_error(num_ranks, victim, tmp_path):
-    results = run_ranks(step_until_killed, num_ranks, tmp_path, Case(dtype=torch.float32), victim, may_fail=True)
+    results = run_ranks(step_until_failure, num_ranks, tmp_path, Case(dtype=torch.float32), victim, may_fail=True)
     assert results[victim] is None
     for result in results[:victim] + results[victim + 1 :]:
         assert result["step"] == 2
         assert result["message"]
-        assert result["seconds"] < COMMUNICATION_TIMEOUT.total_seconds()
+        assert result["seconds"] < COMMUNICATION_TIMEOUT
+
+
+@pytest.mark.slow
+def test_a_stalled_rank_ends_the_others_when_the_timeout_does(tmp_path):
+    case = Case(dtype=torch.float32)
+    results = run_ranks(step_until_failure, 2, tmp_path, case, 1, 10.0, may_fail=True, communication_timeout=4.0)
+    assert results[0]["step"] == 2
+    assert "imed out" in results[0]["message"]
+    assert results[0]["seconds"] < 8
