@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
+from modeling_attnres.depth_attention_attnres import DepthAttention
 from modeling_attnres.modeling_attnres import AttnResForCausalLM
 from modeling_attnres.parallel.cache import CrossStageCache
 from modeling_attnres.parallel.layout import PipelineLayout, stage_boundaries
@@ -193,10 +194,10 @@ def pipeline_stages(
     device = torch.device(mesh.device_type)
     if device.type != "cpu":
         device = torch.device(device.type, torch.get_device_module(device).current_device())
-    cache, stages = CrossStageCache(), []
+    cache, stages, is_tied = CrossStageCache(), [], _has_tied_head(model)
     for stage in range(dist.get_rank(group), layout.num_stages, layout.num_ranks):
         module = AttnResStageModule(model, layout, stage).to(device)
-        stages.append(AttnResPipelineStage(module, cache, micro_batch_shape, device, group, _has_tied_head(model)))
+        stages.append(AttnResPipelineStage(module, cache, micro_batch_shape, device, group, is_tied))
     return stages
 
 
@@ -207,6 +208,11 @@ def _has_tied_head(model: AttnResForCausalLM) -> bool:
 def _check_model(model: AttnResForCausalLM, shared_embeddings: bool):
     if not isinstance(model, AttnResForCausalLM):
         raise ValueError(f"`model` must be an AttnResForCausalLM, got {type(model).__name__}.")
+    if type(model.model.depth_attention) is not DepthAttention:
+        raise ValueError(
+            "Stages take their own rows of a plain `DepthAttention`, and the model's is a "
+            f"{type(model.model.depth_attention).__name__}."
+        )
     if _has_tied_head(model) and not shared_embeddings:
         raise ValueError(
             "The model's head is tied to its embedding, and they lie on different ranks. Pass "

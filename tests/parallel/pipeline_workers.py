@@ -329,6 +329,10 @@ def refusals(mesh, attempts: list[dict]) -> list[str]:
             model.lm_head.weight = model.get_input_embeddings().weight
         if attempt.pop("router_loss", False):
             model.config.text_config.output_router_logits = True
+        if attempt.pop("other_depth_attention", False):
+            model.model.depth_attention = nn.Sequential(model.model.depth_attention)
+        if attempt.pop("base_model", False):
+            model = model.model
         arguments = {"micro_batch_shape": (2, 6), **attempt}
         if arguments.get("splits") == "rank":  # other arguments on every rank
             arguments["splits"] = [1 + mesh.get_rank()]

@@ -136,6 +136,8 @@ REFUSALS = [
     ({"virtual_stages": 2, "splits": [2, 1, 3]}, "`splits` must be 3 increasing"),
     ({"micro_batch_shape": (2, 0)}, r"`micro_batch_shape` .* got \(2, 0\)"),
     ({"caching": "some"}, "`caching` must be one of .* got 'some'"),
+    ({"base_model": True}, "`model` must be an AttnResForCausalLM, got AttnResModel"),
+    ({"other_depth_attention": True}, "plain `DepthAttention`, and the model's is a Sequential"),
     ({"tied": True}, "tied to its embedding.*shared_embeddings=True"),
     ({"router_loss": True}, "output_router_logits=True"),
     ({"mixed_dtypes": True}, "must have one dtype, got .*float32.*float64"),
