@@ -107,7 +107,7 @@ def test_caches_are_empty_and_memory_is_flat(steps, tmp_path):
         assert result["cached"] == 0
         assert result["alive"] == 0
         # A leak of the cached sources alone would have cost four fifths of `filed_bytes`.
-        assert result["grown"] < 0.2 * result["filed_bytes"], result
+        assert result["grown"] < 0.4 * result["filed_bytes"], result
 
 
 def test_forward_only(tmp_path):
