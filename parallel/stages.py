@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor import DTensor
 
+from modeling_attnres.depth_attention_attnres import DepthAttention
 from modeling_attnres.modeling_attnres import AttnResForCausalLM
 from modeling_attnres.parallel.cache import CrossStageCache
 from modeling_attnres.parallel.layout import PipelineLayout, stage_boundaries
@@ -192,10 +194,10 @@ def pipeline_stages(
     device = torch.device(mesh.device_type)
     if device.type != "cpu":
         device = torch.device(device.type, torch.get_device_module(device).current_device())
-    cache, stages = CrossStageCache(), []
+    cache, stages, is_tied = CrossStageCache(), [], _has_tied_head(model)
     for stage in range(dist.get_rank(group), layout.num_stages, layout.num_ranks):
         module = AttnResStageModule(model, layout, stage).to(device)
-        stages.append(AttnResPipelineStage(module, cache, micro_batch_shape, device, group, _has_tied_head(model)))
+        stages.append(AttnResPipelineStage(module, cache, micro_batch_shape, device, group, is_tied))
     return stages
 
 
@@ -206,10 +208,10 @@ def _has_tied_head(model: AttnResForCausalLM) -> bool:
 def _check_model(model: AttnResForCausalLM, shared_embeddings: bool):
     if not isinstance(model, AttnResForCausalLM):
         raise ValueError(f"`model` must be an AttnResForCausalLM, got {type(model).__name__}.")
-    if model.config.depth_attention_type != "softmax":
+    if model.config.depth_attention_type != "softmax" or type(model.model.depth_attention) is not DepthAttention:
         raise ValueError(
-            f"`depth_attention_type={model.config.depth_attention_type!r}` keeps no block summaries to pipeline; only "
-            "'softmax' does."
+            "Stages take their own rows of a plain `DepthAttention`, and the model's is a "
+            f"{type(model.model.depth_attention).__name__} of type {model.config.depth_attention_type!r}."
         )
     if _has_tied_head(model) and not shared_embeddings:
         raise ValueError(
@@ -255,24 +257,31 @@ def reduce_shared_gradients(stages: Sequence[AttnResPipelineStage]):
                 "`reduce_shared_gradients` comes after a backward, and the shared weight has no `grad`."
             )
         peer = stage.rank_of(stage.num_stages - 1 if stage.is_first else 0)
-        received = torch.empty_like(weight.grad)
+        # Where data parallelism shards them, both are sharded alike.
+        gradient = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+        received = torch.empty_like(gradient)
         exchange = [
-            dist.P2POp(dist.isend, weight.grad.contiguous(), peer, stage.group),
+            dist.P2POp(dist.isend, gradient.contiguous(), peer, stage.group),
             dist.P2POp(dist.irecv, received, peer, stage.group),
         ]
         for work in dist.batch_isend_irecv(exchange):
             work.wait()
-        weight.grad += received
+        gradient += received
 
 
 def gather_state_dict(stages: Sequence[AttnResPipelineStage]) -> dict[str, torch.Tensor] | None:
     """The state dict of the whole model, on the CPU of the pipeline's first rank; `None` on the others, all call it.
 
-    `AttnResForCausalLM.load_state_dict` takes it, and `save_pretrained` then writes a checkpoint.
+    `AttnResForCausalLM.load_state_dict` takes it, and `save_pretrained` then writes a checkpoint. Weights that data
+    parallelism shards are put together first.
     """
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
     group = stages[0].group
     local = {
-        stage.stage_index: {name: tensor.cpu() for name, tensor in stage.submod.state_dict().items()}
+        stage.stage_index: {name: whole(tensor) for name, tensor in stage.submod.state_dict().items()}
         for stage in stages
     }
     is_target = dist.get_rank(group) == 0

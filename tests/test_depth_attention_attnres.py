@@ -250,6 +250,37 @@ def test_phase_one_without_a_bank_equals_the_bank(depth_weights):
         torch.testing.assert_close(one.stat, other.stat)
 
 
+@pytest.mark.parametrize("depth_weights", FORMS)
+@pytest.mark.parametrize(("num_sublayers", "sublayers_per_block"), SCHEDULES)
+@pytest.mark.parametrize("cut", [2, 6])
+def test_two_streams_over_a_cut_stack_equal_naive(num_sublayers, sublayers_per_block, depth_weights, cut):
+    stack = random_stack(num_sublayers, 0.5, torch.float64)
+    embedding, sublayers, query, key_norm, direction = stack
+    naive = output_and_gradients(
+        stack, impl="naive", sublayers_per_block=sublayers_per_block, depth_weights=depth_weights
+    )
+    fold = DepthAttention(num_sublayers, embedding.shape[-1], EPS)
+    queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
+    sources, state = None, ()
+    for run in ((0, cut), (cut, num_sublayers)):
+        depth = DepthStream(queries, norm_floor, BlockSummaries(), sublayers_per_block, depth_weights, run)
+        if sources is None:
+            state = depth.start(embedding)
+        else:
+            depth.resume(sources)
+        for first, last in depth.groups:
+            for index, read in enumerate(depth.read(first, last), start=first):
+                output = sublayers[index](depth.form.phase_two(read, norm_floor, *state)[0])
+                state = depth.form.advance(state, output, starts_block=index % sublayers_per_block == 0)
+            state = depth.close(state, next_sublayer=last)
+        sources = depth.sources
+        assert len(depth.bank.sources) <= 2 + run[1] // sublayers_per_block  # no room for blocks of later runs
+    output = depth.mix_output(state)[0]
+    gradients = torch.autograd.grad((output * direction).sum(), (embedding, query, key_norm))
+    for name, value, reference in zip(("output", "embedding", "query", "key_norm"), (output, *gradients), naive):
+        assert relative_error(value.detach(), reference) < 1e-12, name  # fp64 rounding over a stack
+
+
 @pytest.mark.parametrize("num_sublayers", [2, 6, 24, 54])
 def test_groups_cover_every_sublayer_and_never_hold_two_recent_sources(num_sublayers):
     for sublayers_per_block in range(1, num_sublayers + 1):

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from tiny_backbones import tiny_inputs, tiny_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleLoopedBFS
 
@@ -294,6 +296,27 @@ def optimizer_steps(mesh, case: Case, steps: int) -> float | None:
     return max(relative_error(weights[name], expected[name]) for name in expected)
 
 
+def sharded_errors(mesh, case: Case) -> float | None:
+    """On rank 0: error of weights after a step of SGD of a pipeline of 2 ranks, each sharded over 2 by FSDP2."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    stages = build_stages(mesh["pp"], case)
+    for stage in stages:
+        for layer in stage.submod.model.backbone.layers.values():
+            fully_shard(layer, mesh=mesh["dp"])
+        fully_shard(stage.submod, mesh=mesh["dp"])
+    schedule = build_schedule(stages, case)
+    optimizer = torch.optim.SGD([p for stage in stages for p in stage.submod.parameters()], lr=1.0)
+    run_step(schedule, stages, *batch_for(case))
+    reduce_shared_gradients(stages)
+    optimizer.step()
+    weights = gather_state_dict(stages)
+    if weights is None:
+        return None
+    _, gradients = single_process(case)
+    expected = dict(build_model(case).named_parameters())
+    return max(relative_error(weights[name], expected[name] - gradients[name]) for name in expected)
+
+
 def refusals(mesh, attempts: list[dict]) -> list[str]:
     """The messages of what `pipeline_stages` raises for arguments and changes of the model, one after another."""
     messages = []
@@ -306,6 +329,10 @@ def refusals(mesh, attempts: list[dict]) -> list[str]:
             model.lm_head.weight = model.get_input_embeddings().weight
         if attempt.pop("router_loss", False):
             model.config.text_config.output_router_logits = True
+        if attempt.pop("other_depth_attention", False):
+            model.model.depth_attention = nn.Sequential(model.model.depth_attention)
+        if attempt.pop("base_model", False):
+            model = model.model
         arguments = {"micro_batch_shape": (2, 6), **attempt}
         if arguments.get("splits") == "rank":  # other arguments on every rank
             arguments["splits"] = [1 + mesh.get_rank()]
@@ -338,14 +365,20 @@ def step_refusals(mesh) -> list[str]:
     return messages
 
 
-def step_until_killed(mesh, case: Case, victim: int) -> dict:
-    """Steps forever; `victim` kills itself in the third step. Returns how the others learn of it, and when."""
+def step_until_failure(mesh, case: Case, victim: int, stalls: float = 0) -> dict:
+    """Steps on; `victim` kills itself in the third step, or `stalls` for seconds. How the others learn of it, and when."""
     stages = build_stages(mesh, case)
     schedule = build_schedule(stages, case)
     input_ids, kwargs = batch_for(case)
+
+    def fail(*args, **options):
+        if not stalls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(stalls)
+
     for step in range(100):
         if step == 2 and mesh.get_rank() == victim:
-            stages[0].run = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+            stages[0].run = fail
         started = time.monotonic()
         try:
             run_step(schedule, stages, input_ids, kwargs)
@@ -372,11 +405,13 @@ def generation_refusals(mesh) -> list[str]:
 
 
 def run_code(mesh, blocks: list[str], folder: str) -> dict:
-    """Runs the document's Python blocks in `folder`, one namespace for all; the steps trained, and whether it generated."""
+    """Runs the document's Python blocks in `folder`, one namespace for all; what they did."""
     os.chdir(folder)
     namespace = {}
     for block in blocks:
         exec(compile(block, "pipeline.md", "exec"), namespace)
+    if "tokens" not in namespace:
+        return {"stages": [type(stage.submod).__name__ for stage in namespace["stages"]]}
     expected = namespace["model"].generate(
         torch.arange(3, 11).view(2, 4), max_new_tokens=6, do_sample=False, eos_token_id=None
     )

@@ -12,14 +12,22 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 
-COMMUNICATION_TIMEOUT = timedelta(seconds=60)
+COMMUNICATION_TIMEOUT = 60.0  # seconds
 
 # The server imports the heavy modules once, and every process of every test is forked off it.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch.distributed.pipelining", "modeling_attnres.parallel.generation"])
 
 
-def run_ranks(function, num_ranks: int, folder: Path, *args, timeout: float = 240, may_fail: bool = False) -> list:
+def run_ranks(
+    function,
+    num_ranks: int,
+    folder: Path,
+    *args,
+    timeout: float = 240,
+    may_fail: bool = False,
+    communication_timeout: float = COMMUNICATION_TIMEOUT,
+) -> list:
     """Calls `function(mesh, *args)` on every rank of a one-dimensional mesh.
 
     Args:
@@ -27,10 +35,11 @@ def run_ranks(function, num_ranks: int, folder: Path, *args, timeout: float = 24
         folder: an empty one; processes meet there and leave their results.
         timeout: seconds after which the processes are killed and the test fails.
         may_fail: whether a rank may end without a result, which is then `None`.
+        communication_timeout: seconds that a rank waits for another.
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
-        _context.Process(target=_run_rank, args=(function, rank, num_ranks, str(folder), args))
+        _context.Process(target=_run_rank, args=(function, rank, num_ranks, str(folder), communication_timeout, args))
         for rank in range(num_ranks)
     ]
     deadline = time.monotonic() + timeout
@@ -50,7 +59,7 @@ def run_ranks(function, num_ranks: int, folder: Path, *args, timeout: float = 24
     return results
 
 
-def _run_rank(function, rank: int, num_ranks: int, folder: str, args: tuple):
+def _run_rank(function, rank: int, num_ranks: int, folder: str, communication_timeout: float, args: tuple):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     try:
@@ -59,7 +68,7 @@ def _run_rank(function, rank: int, num_ranks: int, folder: str, args: tuple):
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=num_ranks,
-            timeout=COMMUNICATION_TIMEOUT,
+            timeout=timedelta(seconds=communication_timeout),
         )
         torch.save(function(init_device_mesh("cpu", (num_ranks,)), *args), f"{folder}/result{rank}")
         dist.destroy_process_group()

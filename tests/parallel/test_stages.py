@@ -12,8 +12,9 @@ from pipeline_workers import (
     memory_over_steps,
     optimizer_steps,
     refusals,
+    sharded_errors,
     step_refusals,
-    step_until_killed,
+    step_until_failure,
     training_errors,
 )
 from processes import COMMUNICATION_TIMEOUT, run_ranks
@@ -106,7 +107,7 @@ def test_caches_are_empty_and_memory_is_flat(steps, tmp_path):
         assert result["cached"] == 0
         assert result["alive"] == 0
         # A leak of the cached sources alone would have cost four fifths of `filed_bytes`.
-        assert result["grown"] < 0.2 * result["filed_bytes"], result
+        assert result["grown"] < 0.4 * result["filed_bytes"], result
 
 
 def test_forward_only(tmp_path):
@@ -120,6 +121,13 @@ def test_weights_after_steps_of_an_optimizer_are_gathered(tmp_path):
     assert error < 1e-6
 
 
+@pytest.mark.slow
+def test_stages_shard_under_fsdp(tmp_path):
+    case = Case(3, "sum", 2, "interleaved", tied=True)
+    errors = run_ranks(sharded_errors, 4, tmp_path, case)
+    assert [error for error in errors if error is not None] == pytest.approx([0, 0], abs=TOLERANCES[case.dtype])
+
+
 REFUSALS = [
     ({"virtual_stages": 3}, "pipeline of 6 stages .* has 4"),
     ({"virtual_stages": 0}, "`virtual_stages` must be a positive integer, got 0"),
@@ -128,6 +136,8 @@ REFUSALS = [
     ({"virtual_stages": 2, "splits": [2, 1, 3]}, "`splits` must be 3 increasing"),
     ({"micro_batch_shape": (2, 0)}, r"`micro_batch_shape` .* got \(2, 0\)"),
     ({"caching": "some"}, "`caching` must be one of .* got 'some'"),
+    ({"base_model": True}, "`model` must be an AttnResForCausalLM, got AttnResModel"),
+    ({"other_depth_attention": True}, "plain `DepthAttention`, and the model's is a Sequential"),
     ({"tied": True}, "tied to its embedding.*shared_embeddings=True"),
     ({"router_loss": True}, "output_router_logits=True"),
     ({"mixed_dtypes": True}, "must have one dtype, got .*float32.*float64"),
@@ -149,9 +159,18 @@ def test_steps_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("num_ranks", "victim"), [(2, 1), (4, 2)])
 def test_a_killed_rank_ends_the_others_with_an_error(num_ranks, victim, tmp_path):
-    results = run_ranks(step_until_killed, num_ranks, tmp_path, Case(dtype=torch.float32), victim, may_fail=True)
+    results = run_ranks(step_until_failure, num_ranks, tmp_path, Case(dtype=torch.float32), victim, may_fail=True)
     assert results[victim] is None
     for result in results[:victim] + results[victim + 1 :]:
         assert result["step"] == 2
         assert result["message"]
-        assert result["seconds"] < COMMUNICATION_TIMEOUT.total_seconds()
+        assert result["seconds"] < COMMUNICATION_TIMEOUT
+
+
+@pytest.mark.slow
+def test_a_stalled_rank_ends_the_others_when_the_timeout_does(tmp_path):
+    case = Case(dtype=torch.float32)
+    results = run_ranks(step_until_failure, 2, tmp_path, case, 1, 10.0, may_fail=True, communication_timeout=4.0)
+    assert results[0]["step"] == 2
+    assert "imed out" in results[0]["message"]
+    assert results[0]["seconds"] < 8
