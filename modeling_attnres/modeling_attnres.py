@@ -265,6 +265,9 @@ class AttnResModel(AttnResPreTrainedModel):
 
     def __init__(self, config: AttnResConfig):
         super().__init__(config)
+        # The embedding as the first source of depth: where sequence sharding cuts it, after masks and positions are
+        # made. First of the children, so that a device map puts it beside the embedding.
+        self.depth_input = nn.Identity()
         backbone = backbone_class(config.text_config)(config.text_config)
         plans = check_backbone(backbone)
         backbone.layers = nn.ModuleList(
@@ -318,12 +321,13 @@ class AttnResModel(AttnResPreTrainedModel):
         layers = list(self.backbone.layers)
         layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
 
-        queries, norm_floor = self.depth_attention(inputs_embeds)
+        embedding = self.depth_input(inputs_embeds)
+        queries, norm_floor = self.depth_attention(embedding)
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
         reuse = block_summaries is not None and not torch.compiler.is_compiling()
         bank = block_summaries if reuse else BlockSummaries()
         depth = DepthStream(queries, norm_floor, bank, self.config.sublayers_per_block, self.config.depth_weights)
-        state = depth.start(inputs_embeds)
+        state = depth.start(embedding)
         hidden_states, depth_weights = [], []
         wanted = self._wanted_hidden_states(kwargs)
         for first, last in depth.groups:
