@@ -1,6 +1,6 @@
 """Packaging of modeling-attnres.
 
-In a checkout `configuration/`, `conversion/` and `eval/` lie beside the model. Installed, they live below
+In a checkout `configuration/`, `conversion/`, `eval/` and `parallel/` lie beside the model. Installed, they live below
 `modeling_attnres`, because top-level packages of such common names would collide with other projects'.
 """
 
@@ -22,7 +22,7 @@ def nested_packages(folder: str) -> dict[str, str]:
 
 
 PACKAGE_DIR = {"modeling_attnres": "modeling_attnres"}
-for folder in ("configuration", "conversion", "eval"):
+for folder in ("configuration", "conversion", "eval", "parallel"):
     PACKAGE_DIR.update(nested_packages(folder))
 
 EXTRAS = {
@@ -72,6 +72,7 @@ setup(
             "attnres-convert=modeling_attnres.conversion.cli:main",
             "attnres-bench=modeling_attnres.eval.bench.cli:main",
             "attnres-eval=modeling_attnres.eval.cli:main",
+            "attnres-plan=modeling_attnres.parallel.cli:main",
         ],
         # Read by versions of lm-eval that look for plugins; 0.4.13 does not.
         "lm_eval.models": ["attnres=modeling_attnres.eval.lm:AttnResLM"],
