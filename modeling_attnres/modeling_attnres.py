@@ -274,6 +274,8 @@ class AttnResModel(AttnResPreTrainedModel):
             AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block, config.depth_weights)
             for index, (layer, plan) in enumerate(zip(backbone.layers, plans, strict=True))
         )
+        # The class that it names is not there any more, and whoever wraps by these names looks for each of them.
+        backbone._no_split_modules = self._no_split_modules
         self.backbone = backbone
         self.depth_attention = DepthAttention(
             config.num_sublayers, config.text_config.hidden_size, config.depth_norm_eps
