@@ -219,13 +219,15 @@ def sequence_parallel_plan(
 
     Args:
         config: of the model to load.
-        model_class: the class that it will be loaded as, whose names the plan uses.
+        model_class: the class that it will be loaded as: one with a head, because Transformers applies no rule to the
+            outermost module.
 
     Returns:
         Overrides for `DistributedConfig(tp_plan=...)`, which adds the rules of the backbone that stay as they are.
 
     Raises:
-        ValueError: if the backbone has no tensor parallel plan, or its plan rules what this one must.
+        ValueError: if the backbone has no tensor parallel plan, or its plan rules what this one must; or if the class
+            has no head.
 
     ```python
     >>> from transformers import AutoConfig
@@ -243,14 +245,16 @@ def sequence_parallel_plan(
         raise ValueError(f"Backbone '{config.text_config.model_type}' has no tensor parallel plan to shard a sequence by.")
     with torch.device("meta"):
         model = model_class(config)
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    layers = f"{prefix}backbone.layers.*"
+    if model.base_model is model:
+        raise ValueError(f"`model_class` must be one with a head, such as AttnResForCausalLM, got {model_class.__name__}.")
+    base = model.base_model_prefix
+    layers = f"{base}.backbone.layers.*"
     plan = {
-        prefix.removesuffix("."): "attnres_whole_outputs",
-        f"{prefix}depth_input": "attnres_shard_tokens",
-        f"{prefix}depth_attention": "attnres_partial_gradient",
+        base: "attnres_whole_outputs",
+        f"{base}.depth_input": "attnres_shard_tokens",
+        f"{base}.depth_attention": "attnres_partial_gradient",
         layers: "attnres_sharded_layer",
-        f"{prefix}backbone.norm": "attnres_partial_gradient",
+        f"{base}.backbone.norm": "attnres_partial_gradient",
     }
     for layer in model.base_model.backbone.layers:
         plan[f"{layers}.{layer.plan.mixer_norm}"] = "attnres_partial_gradient"
