@@ -324,7 +324,8 @@ class AttnResModel(AttnResPreTrainedModel):
         layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
 
         embedding = self.depth_input(inputs_embeds)
-        queries, norm_floor = self.depth_attention(embedding)
+        # Beside the embedding, where the bank lies, also if a device map has put the module elsewhere.
+        queries, norm_floor = (tensor.to(embedding.device) for tensor in self.depth_attention(embedding))
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
         reuse = block_summaries is not None and not torch.compiler.is_compiling()
         bank = block_summaries if reuse else BlockSummaries()

@@ -242,11 +242,15 @@ def sequence_parallel_plan(
     ```
     """
     if not config.text_config.base_model_tp_plan:
-        raise ValueError(f"Backbone '{config.text_config.model_type}' has no tensor parallel plan to shard a sequence by.")
+        raise ValueError(
+            f"Backbone '{config.text_config.model_type}' has no tensor parallel plan to shard a sequence by."
+        )
     with torch.device("meta"):
         model = model_class(config)
     if model.base_model is model:
-        raise ValueError(f"`model_class` must be one with a head, such as AttnResForCausalLM, got {model_class.__name__}.")
+        raise ValueError(
+            f"`model_class` must be one with a head, such as AttnResForCausalLM, got {model_class.__name__}."
+        )
     base = model.base_model_prefix
     layers = f"{base}.backbone.layers.*"
     plan = {

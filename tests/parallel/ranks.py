@@ -44,7 +44,8 @@ def fork_ranks(function: Callable[[Path], dict], world_size: int, folder: Path, 
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
     ranks = [
-        context.Process(target=_run_rank, args=(function, rank, world_size, port, folder)) for rank in range(world_size)
+        context.Process(target=_run_rank, args=(function, rank, world_size, port, folder))
+        for rank in range(world_size)
     ]
     for process in ranks:
         process.start()
