@@ -26,10 +26,10 @@ CASES = {
     "llama-2-mean": ("llama", 2, "mean"),
     "mixtral-3-sum": ("mixtral", 3, "sum"),
     "qwen3_moe-1-mean": ("qwen3_moe", 1, "mean"),
-    "qwen3_moe-8-sum": ("qwen3_moe", 8, "sum"),
 }
-GENERATION = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+GENERATION = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
 DEPTH = ("model.depth_attention.query", "model.depth_attention.key_norm")
+SAVED = ("plain-by-rank", "sharded-by-rank", "sharded-gathered")
 TOKENS = 13  # no multiple of the number of ranks
 
 
@@ -119,7 +119,7 @@ def four_ranks(folder: Path) -> dict:
     start()
     model = reference(folder, "llama-2-mean")
     sharded = load(folder, "llama-2-mean", model, sharded=True)
-    found = {"lengths": {tokens: prefill_difference(model, sharded, tokens) for tokens in (1, 5, 13)}}
+    found = {"lengths": {tokens: prefill_difference(model, sharded, tokens) for tokens in (1, 5)}}
     return found | compare(model, sharded, micro_batches=1) | {"sharded_bytes": summary_bytes(sharded, tokens=16)}
 
 
@@ -208,7 +208,7 @@ def checkpoint_of_two(folder: Path) -> dict:
         parallel = load(folder, "mixtral-3-sum", model, sharded)
         name = "sharded" if sharded else "plain"
         parallel.save_pretrained(folder / f"{name}-by-rank", distributed_checkpoint=True)
-        parallel.save_pretrained(folder / f"{name}-gathered")
+    parallel.save_pretrained(folder / "sharded-gathered")
     return {}
 
 
@@ -216,7 +216,7 @@ def load_checkpoint_of_two(folder: Path) -> dict:
     start()
     world_size, found = dist.get_world_size(), {}
     model = reference(folder, "mixtral-3-sum")
-    for name in ("plain-by-rank", "plain-gathered", "sharded-by-rank", "sharded-gathered"):
+    for name in SAVED:
         distributed = DistributedConfig(tp_size=world_size, tp_plan="auto") if world_size > 1 else None
         loaded = AttnResForCausalLM.from_pretrained(folder / name, distributed_config=distributed)
         found[name] = largest_difference(model.parameters(), loaded.parameters())
