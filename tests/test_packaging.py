@@ -15,7 +15,7 @@ import modeling_attnres
 
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("configuration", "conversion", "eval")
+FOLDERS = ("configuration", "conversion", "eval", "parallel")
 SCRIPTS = {"attnres-convert": "modeling_attnres.conversion.cli:main"}  # those a user is told of must be among them
 INSTALLED = """
 import importlib, json, sys
@@ -32,7 +32,7 @@ found["callable"] = []
 for target in sys.argv[1:]:
     module, _, attribute = target.partition(":")
     found["callable"].append(callable(getattr(importlib.import_module(module), attribute)))
-for name in ("conversion", "eval"):
+for name in ("conversion", "eval", "parallel"):
     found[name] = importlib.import_module(f"modeling_attnres.{name}").__file__
 print(json.dumps(found))
 """
@@ -83,6 +83,7 @@ def test_the_wheel_holds_one_package_and_all_of_it(folder, wheel):
     assert held == expected
     assert {"modeling_attnres/configuration/models/tiny.json", "modeling_attnres/conversion/cli.py"} <= held
     assert "modeling_attnres/configuration/training/scaling-law-194m.yaml" in held
+    assert "modeling_attnres/configuration/training/accelerate/fsdp2.yaml" in held
 
 
 def test_the_metadata_says_what_to_install(metadata):
@@ -109,9 +110,7 @@ def test_the_installed_wheel_works_without_the_checkout(folder, wheel, metadata)
     found = json.loads(process.stdout.splitlines()[-1])
     package = folder / "installed" / "modeling_attnres"
     assert Path(found["file"]) == package / "__init__.py"
-    assert {Path(found[name]) for name in ("conversion", "eval")} == {
-        package / f"{n}/__init__.py" for n in FOLDERS[1:]
-    }
+    assert {Path(found[name]) for name in FOLDERS[1:]} == {package / f"{n}/__init__.py" for n in FOLDERS[1:]}
     assert "tiny-block" in found["presets"]
     assert found["learning_rates"].count(None) == 1  # the 48B recipe publishes none
     assert found["saved"] == sorted(path.name for path in (ROOT / "modeling_attnres").glob("*_attnres.py"))

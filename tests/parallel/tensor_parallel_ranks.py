@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ CASES = {
     "mixtral-3-sum": ("mixtral", 3, "sum"),
     "qwen3_moe-1-mean": ("qwen3_moe", 1, "mean"),
 }
+DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
 GENERATION = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
 DEPTH = ("model.depth_attention.query", "model.depth_attention.key_norm")
 SAVED = ("plain-by-rank", "sharded-by-rank", "sharded-gathered")
@@ -177,6 +179,23 @@ def gradient_checkpointing(folder: Path) -> dict:
     return found
 
 
+def documented(folder: Path) -> dict:
+    """The Python of docs/scaling.md, in a folder that holds the checkpoint it names."""
+    start()
+    model = reference(folder, "llama-2-mean")
+    folder = folder / "documented"
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "my-attnres-model")
+    dist.barrier()
+    os.chdir(folder)
+    scope = {}
+    for code in re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(code, DOCS.name, "exec"), scope)
+    with torch.no_grad():
+        logits = [parallel(tiny_inputs()).logits for parallel in (scope["model"], scope["sharded"])]
+        return {"differences": [largest_difference([model(tiny_inputs()).logits], [found]) for found in logits]}
+
+
 def refusals(folder: Path) -> dict:
     start()
     reference(folder, "llama-2-mean")
@@ -257,6 +276,7 @@ if __name__ == "__main__":
         (sharded_sequence, 2),
         (collectives_of_a_prefill, 2),
         (gradient_checkpointing, 2),
+        (documented, 2),
         (refusals, 2),
         (checkpoint_of_two, 2),
         (load_on_one, 1),

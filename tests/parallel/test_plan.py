@@ -68,7 +68,7 @@ def simulate(num_layers, per_block, first_layers, ranks, caching):
     held[0].add(0)
     lacking = []
     for stage, (begin, end) in enumerate(zip(first_layers, ends)):
-        needed = {0} | {1 + block for block in range(num_layers) if (block + 1) * per_block <= 2 * begin}
+        needed = {0} | {1 + block for block in range(2 * num_layers) if (block + 1) * per_block <= 2 * begin}
         own = held[stage % ranks] if caching != "none" else set()
         if stage:
             lacking.append(len(needed - own))

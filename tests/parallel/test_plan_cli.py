@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +9,8 @@ from modeling_attnres.parallel.cli import main
 from modeling_attnres.parallel.plan import DepthShape, pipeline_transitions, summary_memory
 
 
+DOCS = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+DOCUMENTED = re.findall(r"```bash\nattnres-plan ([^\n]*)\n```\n```text\n(.*?)```", DOCS, re.DOTALL)
 HARDWARE = ["--link-bandwidth", "50", "--memory-bandwidth", "3350", "--flops", "400", "--activated-parameters", "3"]
 
 
@@ -93,3 +98,13 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
         main(arguments)
     assert exit_code.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("arguments", "output"), DOCUMENTED)
+def test_documented_commands_print_what_is_documented(capsys, arguments, output):
+    main(shlex.split(arguments))
+    assert capsys.readouterr().out.strip() == output.strip()
+
+
+def test_five_commands_are_documented():
+    assert len(DOCUMENTED) == DOCS.count("\nattnres-plan ") == 5

@@ -102,6 +102,12 @@ def test_gradient_checkpointing(found):
         assert re.search("a multiple of the 2 ranks as the number of tokens, got 13", rank["odd_length"])
 
 
+def test_the_documented_code_runs(found):
+    for rank in found["documented"]:
+        assert len(rank["differences"]) == 2
+        assert max(rank["differences"]) < TOLERANCE
+
+
 def test_bad_arguments_are_refused_on_every_rank(found):
     for rank in found["refusals"]:
         assert "requires 4 processes, but world_size is 2" in rank["too_many_ranks"]
