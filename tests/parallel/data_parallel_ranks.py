@@ -5,13 +5,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ranks import main
 from torch.distributed.tensor import DTensor
 from train_with_accelerate import NUM_STEPS, build, make_accelerator, train, whole_weights
 
@@ -88,13 +86,11 @@ def resumed_by_four(folder: Path) -> dict:
     return resume(folder)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(
-        (one_process, 1),
-        (data_parallel, 2),
-        (fully_sharded, 2),
-        (fully_sharded_recomputing, 2),
-        (resumed_by_one, 1),
-        (resumed_by_four, 4),
-    )
+SCENARIOS = (
+    (one_process, 1),
+    (data_parallel, 2),
+    (fully_sharded, 2),
+    (fully_sharded_recomputing, 2),
+    (resumed_by_one, 1),
+    (resumed_by_four, 4),
+)

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -13,28 +12,19 @@ from pathlib import Path
 import torch
 
 
-def run_scenarios(script: Path, folder: Path, timeout: int = 240) -> dict[str, list[dict]]:
-    """Runs a script that calls [`main`]; returns by scenario what each rank of it found."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    found = {}
-    for file in sorted(folder.glob("*.found.pt")):  # scenario.rank.found.pt
-        found.setdefault(file.name.split(".")[0], []).append(torch.load(file))
-    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
-    return found
+def main(folder: Path):
+    """Runs every scenario, a function and a number of ranks, after the other; stops at a rank that fails or hangs."""
+    import data_parallel_ranks
+    import tensor_parallel_ranks
+    import two_devices
 
-
-def main(*scenarios: tuple[Callable[[Path], dict], int]):
-    """Runs each `(function, number of ranks)` after the other; a rank that fails or hangs fails the script."""
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for function, world_size in scenarios:
-        exit_codes = fork_ranks(function, world_size, folder)
-        wanted = [getattr(function, "exit_codes", {}).get(rank, 0) for rank in range(world_size)]
-        if exit_codes != wanted:
-            sys.exit(f"{function.__name__}: the ranks ended with {exit_codes}")
+    for module in (two_devices, tensor_parallel_ranks, data_parallel_ranks):
+        for function, world_size in module.SCENARIOS:
+            exit_codes = fork_ranks(function, world_size, folder)
+            wanted = [getattr(function, "exit_codes", {}).get(rank, 0) for rank in range(world_size)]
+            if exit_codes != wanted:
+                sys.exit(f"{function.__name__}: the ranks ended with {exit_codes}")
 
 
 def fork_ranks(function: Callable[[Path], dict], world_size: int, folder: Path, timeout: int = 100) -> list[int]:
@@ -70,3 +60,7 @@ def _run_rank(function, rank, world_size, port, folder):
         code = 1
     sys.stderr.flush()
     os._exit(code)  # not through the parent's exit handlers
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,6 +1,7 @@
 """What [`test_sequence_sharding`] runs on several ranks: tensor parallelism, plain and with a sharded sequence."""
 
 import datetime
+import functools
 import os
 import re
 import sys
@@ -16,7 +17,6 @@ from transformers.utils import logging
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ranks import main
 from tiny_backbones import tiny_inputs, tiny_model
 
 from modeling_attnres import AttnResForCausalLM, BlockSummaries
@@ -35,26 +35,29 @@ SAVED = ("plain-by-rank", "sharded-by-rank", "sharded-gathered")
 TOKENS = 13  # no multiple of the number of ranks
 
 
-def start() -> int:
+def start(folder: Path) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    os.chdir(folder)
     return dist.get_rank()
 
 
-def reference(folder: Path, case: str):
+@functools.cache
+def reference(case: str):
     """The model in one process (every rank builds the same), and the checkpoint that the ranks load."""
     model = tiny_model(*CASES[case], num_key_value_heads=4)
-    if dist.get_rank() == 0 and not (folder / case).exists():
-        model.save_pretrained(folder / case)
+    if dist.get_rank() == 0 and not Path(case).exists():
+        model.save_pretrained(case)
     dist.barrier()
     return model
 
 
-def load(folder: Path, case: str, model, sharded: bool):
-    plan = sequence_parallel_plan(model.config) if sharded else "auto"
+@functools.cache
+def load(case: str, sharded: bool):
+    plan = sequence_parallel_plan(reference(case).config) if sharded else "auto"
     distributed = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=plan)
-    return AttnResForCausalLM.from_pretrained(folder / case, distributed_config=distributed)
+    return AttnResForCausalLM.from_pretrained(case, distributed_config=distributed)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,22 +89,25 @@ def compare(one, other, micro_batches: int) -> dict:
     return found
 
 
-def plain_tensor_parallel(folder: Path) -> dict:
-    start()
-    found = {}
-    for case in CASES:
-        model = reference(folder, case)
-        # One micro-batch: the library's own sum of partial gradients counts earlier ones several times.
-        found[case] = compare(model, load(folder, case, model, sharded=False), micro_batches=1)
-    return found
+def two_ranks(folder: Path) -> dict:
+    start(folder)
+    # One micro-batch under the plain plan: the library's sum of partial gradients counts earlier ones several times.
+    plain = {case: compare(reference(case), load(case, sharded=False), micro_batches=1) for case in CASES}
+    return {
+        "plain": plain,
+        "sharded": sharded_sequence(),
+        "collectives": collectives(),
+        "documented": documented(),
+        "refusals": refusals(),
+        "saved": save(),
+        "gradient_checkpointing": gradient_checkpointing(),
+    }
 
 
-def sharded_sequence(folder: Path) -> dict:
-    start()
+def sharded_sequence() -> dict:
     found = {}
     for case in CASES:
-        model = reference(folder, case)
-        sharded = load(folder, case, model, sharded=True)
+        model, sharded = reference(case), load(case, sharded=True)
         found[case] = compare(model, sharded, micro_batches=2)
         found[case] |= {"bytes": summary_bytes(model), "sharded_bytes": summary_bytes(sharded)}
     found["outputs"] = compare_outputs(model, sharded)
@@ -118,9 +124,8 @@ def sharded_sequence(folder: Path) -> dict:
 
 def four_ranks(folder: Path) -> dict:
     """More ranks than tokens, and shards that are padding alone."""
-    start()
-    model = reference(folder, "llama-2-mean")
-    sharded = load(folder, "llama-2-mean", model, sharded=True)
+    start(folder)
+    model, sharded = reference("llama-2-mean"), load("llama-2-mean", sharded=True)
     found = {"lengths": {tokens: prefill_difference(model, sharded, tokens) for tokens in (1, 5)}}
     return found | compare(model, sharded, micro_batches=1) | {"sharded_bytes": summary_bytes(sharded, tokens=16)}
 
@@ -151,23 +156,18 @@ def compare_outputs(one, other) -> dict:
     return found
 
 
-def collectives_of_a_prefill(folder: Path) -> dict:
-    start()
-    model = reference(folder, "llama-2-mean")
+def collectives() -> dict:
     found = {}
     for name, sharded in (("plain", False), ("sharded", True)):
-        parallel = load(folder, "llama-2-mean", model, sharded)
         # With gradients, where every collective goes through DTensor: without them the library calls some directly.
-        with CommDebugMode() as collectives:
-            parallel(tiny_inputs(2, TOKENS), use_cache=False)
-        found[name] = {str(name): count for name, count in collectives.get_comm_counts().items()}
+        with CommDebugMode() as counter:
+            load("llama-2-mean", sharded)(tiny_inputs(2, TOKENS), use_cache=False)
+        found[name] = {str(name): count for name, count in counter.get_comm_counts().items()}
     return found
 
 
-def gradient_checkpointing(folder: Path) -> dict:
-    start()
-    model = reference(folder, "mixtral-3-sum")
-    sharded = load(folder, "mixtral-3-sum", model, sharded=True)
+def gradient_checkpointing() -> dict:
+    model, sharded = reference("mixtral-3-sum"), load("mixtral-3-sum", sharded=True)
     expected = gradients(model, [tiny_inputs(2, 12)])
     sharded.gradient_checkpointing_enable()
     sharded.train()
@@ -179,16 +179,12 @@ def gradient_checkpointing(folder: Path) -> dict:
     return found
 
 
-def documented(folder: Path) -> dict:
-    """The Python of docs/scaling.md, in a folder that holds the checkpoint it names."""
-    start()
-    model = reference(folder, "llama-2-mean")
-    folder = folder / "documented"
+def documented() -> dict:
+    """The Python of docs/scaling.md, beside the checkpoint that it names."""
+    model, scope = reference("llama-2-mean"), {}
     if dist.get_rank() == 0:
-        model.save_pretrained(folder / "my-attnres-model")
+        model.save_pretrained("my-attnres-model")
     dist.barrier()
-    os.chdir(folder)
-    scope = {}
     for code in re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(code, DOCS.name, "exec"), scope)
     with torch.no_grad():
@@ -196,65 +192,52 @@ def documented(folder: Path) -> dict:
         return {"differences": [largest_difference([model(tiny_inputs()).logits], [found]) for found in logits]}
 
 
-def refusals(folder: Path) -> dict:
-    start()
-    reference(folder, "llama-2-mean")
-    plans = {
-        "too_many_ranks": DistributedConfig(tp_size=4, tp_plan="auto"),
-        "unknown_module": DistributedConfig(tp_size=2, tp_plan={"model.nothing": "colwise"}),
-        "unknown_style": DistributedConfig(tp_size=2, tp_plan={"model.backbone.norm": "attnres_nothing"}),
+def refusals() -> dict:
+    too_many = DistributedConfig(tp_size=4, tp_plan="auto")
+    wrong = {
+        "too_many_ranks": {"distributed_config": too_many},
+        "unknown_module": {"distributed_config": DistributedConfig(tp_size=2, tp_plan={"model.nothing": "colwise"})},
+        "unknown_style": {
+            "distributed_config": DistributedConfig(tp_size=2, tp_plan={"model.backbone.norm": "attnres_nothing"})
+        },
+        "both_arguments": {"distributed_config": too_many, "tp_plan": "auto"},
     }
     found = {}
-    for name, distributed in plans.items():
+    for name, arguments in wrong.items():
         try:
-            AttnResForCausalLM.from_pretrained(folder / "llama-2-mean", distributed_config=distributed)
+            AttnResForCausalLM.from_pretrained("llama-2-mean", **arguments)
         except (RuntimeError, ValueError) as error:
             found[name] = str(error)
-    try:
-        AttnResForCausalLM.from_pretrained(
-            folder / "llama-2-mean", distributed_config=plans["too_many_ranks"], tp_plan="auto"
-        )
-    except ValueError as error:
-        found["both_arguments"] = str(error)
     return found
 
 
-def checkpoint_of_two(folder: Path) -> dict:
-    """Saved by two tensor-parallel ranks: rank by rank, and gathered into the usual files."""
-    start()
-    model = reference(folder, "mixtral-3-sum")
-    for sharded in (False, True):
-        parallel = load(folder, "mixtral-3-sum", model, sharded)
-        name = "sharded" if sharded else "plain"
-        parallel.save_pretrained(folder / f"{name}-by-rank", distributed_checkpoint=True)
-    parallel.save_pretrained(folder / "sharded-gathered")
-    return {}
+def save() -> list[str]:
+    """Checkpoints of two tensor-parallel ranks: rank by rank, and gathered into the usual files."""
+    for name, sharded in (("plain-by-rank", False), ("sharded-by-rank", True)):
+        load("mixtral-3-sum", sharded).save_pretrained(name, distributed_checkpoint=True)
+    load("mixtral-3-sum", sharded=True).save_pretrained("sharded-gathered")
+    return [name for name in SAVED if Path(name).exists()]
 
 
-def load_checkpoint_of_two(folder: Path) -> dict:
-    start()
-    world_size, found = dist.get_world_size(), {}
-    model = reference(folder, "mixtral-3-sum")
-    for name in SAVED:
-        distributed = DistributedConfig(tp_size=world_size, tp_plan="auto") if world_size > 1 else None
-        loaded = AttnResForCausalLM.from_pretrained(folder / name, distributed_config=distributed)
-        found[name] = largest_difference(model.parameters(), loaded.parameters())
-    return found
+def load_saved(folder: Path) -> dict:
+    start(folder)
+    world_size, model = dist.get_world_size(), reference("mixtral-3-sum")
+    distributed = DistributedConfig(tp_size=world_size, tp_plan="auto") if world_size > 1 else None
+    loaded = {name: AttnResForCausalLM.from_pretrained(name, distributed_config=distributed) for name in SAVED}
+    return {name: largest_difference(model.parameters(), other.parameters()) for name, other in loaded.items()}
 
 
 def load_on_one(folder: Path) -> dict:
-    return load_checkpoint_of_two(folder)
+    return load_saved(folder)
 
 
 def load_on_four(folder: Path) -> dict:
-    return load_checkpoint_of_two(folder)
+    return load_saved(folder)
 
 
 def killed_rank(folder: Path) -> dict:
     """Rank 1 dies after the first forward; what the other one then sees, and after how many seconds."""
-    rank = start()
-    model = reference(folder, "llama-2-mean")
-    sharded = load(folder, "llama-2-mean", model, sharded=True)
+    rank, sharded = start(folder), load("llama-2-mean", sharded=True)
     with torch.no_grad():
         sharded(tiny_inputs(2, TOKENS))
         if rank == 1:
@@ -270,17 +253,10 @@ def killed_rank(folder: Path) -> dict:
 killed_rank.exit_codes = {1: 9}
 
 
-if __name__ == "__main__":
-    main(
-        (plain_tensor_parallel, 2),
-        (sharded_sequence, 2),
-        (collectives_of_a_prefill, 2),
-        (gradient_checkpointing, 2),
-        (documented, 2),
-        (refusals, 2),
-        (checkpoint_of_two, 2),
-        (load_on_one, 1),
-        (load_on_four, 4),
-        (four_ranks, 4),
-        (killed_rank, 2),
-    )
+SCENARIOS = (
+    (two_ranks, 2),
+    (load_on_one, 1),
+    (load_on_four, 4),
+    (four_ranks, 4),
+    (killed_rank, 2),
+)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ranks import run_scenarios
 
 from modeling_attnres.configuration import list_recipes, presets
 
@@ -16,11 +15,6 @@ HERE = Path(__file__).parent
 ACCELERATE = presets.TRAINING / "accelerate"
 # fp32, three steps of SGD: the rows of a batch are summed rank by rank, in another order than in one process.
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run_scenarios(HERE / "data_parallel_ranks.py", tmp_path_factory.mktemp("data_parallel"))
 
 
 def largest_difference(one: dict, other: dict) -> float:
@@ -33,34 +27,34 @@ def test_every_configuration_is_run_here():
     assert not {"ddp", "fsdp2"} & set(list_recipes())  # they are no recipes
 
 
-def test_data_parallel_trains_as_one_process(found):
-    (alone,), ranks = found["one_process"], found["data_parallel"]
-    assert [rank["type"] for rank in ranks] == ["MULTI_CPU"] * 2
-    for rank in ranks:
+def test_data_parallel_trains_as_one_process(ranks):
+    (alone,), replicas = ranks["one_process"], ranks["data_parallel"]
+    assert [rank["type"] for rank in replicas] == ["MULTI_CPU"] * 2
+    for rank in replicas:
         assert rank["losses"] == pytest.approx(alone["losses"], abs=TOLERANCE)
         assert largest_difference(rank["weights"], alone["weights"]) < TOLERANCE
     assert len({round(loss, 3) for loss in alone["losses"]}) == 3  # something was learnt
 
 
-def test_fully_sharded_trains_as_data_parallel(found):
-    ranks, replicated = found["fully_sharded"], found["data_parallel"][0]
-    assert [rank["type"] for rank in ranks] == ["FSDP"] * 2
-    assert ranks[0]["losses"] == pytest.approx(replicated["losses"], abs=TOLERANCE)
-    assert largest_difference(ranks[0]["weights"], replicated["weights"]) < TOLERANCE
+def test_fully_sharded_trains_as_data_parallel(ranks):
+    shards, replica = ranks["fully_sharded"], ranks["data_parallel"][0]
+    assert [rank["type"] for rank in shards] == ["FSDP"] * 2
+    assert shards[0]["losses"] == pytest.approx(replica["losses"], abs=TOLERANCE)
+    assert largest_difference(shards[0]["weights"], replica["weights"]) < TOLERANCE
     # Every parameter is sharded, the depth queries too.
-    assert sum(rank["local_parameters"] for rank in ranks) == replicated["local_parameters"]
-    assert ranks[0]["local_parameters"] == replicated["local_parameters"] / 2
+    assert sum(rank["local_parameters"] for rank in shards) == replica["local_parameters"]
+    assert shards[0]["local_parameters"] == replica["local_parameters"] / 2
 
 
-def test_recomputing_changes_nothing(found):
-    recomputing = found["fully_sharded_recomputing"][0]
-    assert recomputing["losses"] == pytest.approx(found["fully_sharded"][0]["losses"], abs=TOLERANCE)
-    assert largest_difference(recomputing["weights"], found["fully_sharded"][0]["weights"]) < 2 * TOLERANCE
+def test_recomputing_changes_nothing(ranks):
+    recomputing = ranks["fully_sharded_recomputing"][0]
+    assert recomputing["losses"] == pytest.approx(ranks["fully_sharded"][0]["losses"], abs=TOLERANCE)
+    assert largest_difference(recomputing["weights"], ranks["fully_sharded"][0]["weights"]) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("number", ["one", "four"])
-def test_a_checkpoint_of_two_ranks_resumes_on(found, number):
-    resumed, saved = found[f"resumed_by_{number}"], found["fully_sharded"]
+def test_a_checkpoint_of_two_ranks_resumes_on(ranks, number):
+    resumed, saved = ranks[f"resumed_by_{number}"], ranks["fully_sharded"]
     assert len(resumed) == {"one": 1, "four": 4}[number]
     assert largest_difference(resumed[0]["weights"], saved[0]["weights"]) == 0
     # The second loss depends on the momentum, which was loaded too.
@@ -70,7 +64,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on(found, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_accelerate_launches_it(tmp_path, found, name):
+def test_accelerate_launches_it(tmp_path, ranks, name):
     command = ["accelerate.commands.launch", "--config_file", ACCELERATE / f"{name}.yaml", "--main_process_port", "0"]
     command += [HERE / "train_with_accelerate.py", tmp_path]
     process = subprocess.run(
@@ -79,8 +73,8 @@ def test_accelerate_launches_it(tmp_path, found, name):
     assert process.returncode == 0, process.stderr[-3000:]
     trained = torch.load(tmp_path / "trained.pt")
     assert trained["type"] == ("FSDP" if name == "fsdp2" else "MULTI_CPU")
-    assert trained["losses"] == pytest.approx(found["data_parallel"][0]["losses"], abs=TOLERANCE)
-    assert largest_difference(trained["weights"], found["data_parallel"][0]["weights"]) < TOLERANCE
+    assert trained["losses"] == pytest.approx(ranks["data_parallel"][0]["losses"], abs=TOLERANCE)
+    assert largest_difference(trained["weights"], ranks["data_parallel"][0]["weights"]) < TOLERANCE
 
 
 def test_fsdp2_saves_shards_and_wraps_decoder_layers():

@@ -1,21 +1,15 @@
 """`device_map="auto"` over two devices, which a CPU has not: they are pretended, in a process of its own."""
 
-import json
-from pathlib import Path
-
 import pytest
-from fresh_process import run_python
+from two_devices import CASES
 
 
-HERE = Path(__file__).parent
 FIRST, SECOND = "pretend:0", "pretend:1"
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_devices")
-    run_python(HERE / "two_devices.py", folder / "found.json", folder=folder)
-    return json.loads((folder / "found.json").read_text())
+@pytest.fixture
+def found(ranks):
+    return ranks["two_devices"][0]
 
 
 def test_layers_lie_on_both_devices(found):
@@ -28,7 +22,7 @@ def test_layers_lie_on_both_devices(found):
         assert case["map"]["model.depth_attention"] == SECOND
 
 
-@pytest.mark.parametrize("name", ["prefill", "prefill-odd-sum", "training", "training-full", "recomputing"])
+@pytest.mark.parametrize("name", CASES)
 def test_summaries_stay_beside_the_embedding(found, name):
     # No operation met tensors of two devices: the run would have failed.
     case = found[name]

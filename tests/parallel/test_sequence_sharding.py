@@ -1,10 +1,8 @@
 """Tensor parallelism, plain and with a sharded sequence, beside one process."""
 
 import re
-from pathlib import Path
 
 import pytest
-from ranks import run_scenarios
 from tensor_parallel_ranks import CASES, SAVED, TOKENS
 from tiny_backbones import NUM_SUBLAYERS, tiny_config
 
@@ -17,11 +15,10 @@ TOLERANCE = 1e-5
 HIDDEN_SIZE, BATCH, FP32 = 32, 2, 4
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run_scenarios(
-        Path(__file__).parent / "tensor_parallel_ranks.py", tmp_path_factory.mktemp("tensor_parallel")
-    )
+@pytest.fixture
+def found(ranks):
+    """By check, what each of two ranks found."""
+    return {name: [rank[name] for rank in ranks["two_ranks"]] for name in ranks["two_ranks"][0]}
 
 
 def assert_same(rank: dict):
@@ -33,19 +30,19 @@ def assert_same(rank: dict):
 
 @pytest.mark.parametrize("case", CASES)
 def test_tensor_parallel_is_one_process(found, case):
-    for rank in found["plain_tensor_parallel"]:
+    for rank in found["plain"]:
         assert_same(rank[case])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_sequence_is_one_process(found, case):
-    for rank in found["sharded_sequence"]:
+    for rank in found["sharded"]:
         assert_same(rank[case])
 
 
-def test_four_ranks(found):
-    assert len(found["four_ranks"]) == 4
-    for rank in found["four_ranks"]:
+def test_four_ranks(ranks):
+    assert len(ranks["four_ranks"]) == 4
+    for rank in ranks["four_ranks"]:
         assert_same(rank)
 
 
@@ -53,35 +50,35 @@ def test_four_ranks(found):
 def test_a_rank_keeps_its_part_of_the_summaries(found, case):
     num_sources = -(-NUM_SUBLAYERS // CASES[case][1]) + 1
     per_token = num_sources * BATCH * HIDDEN_SIZE * FP32
-    for rank in found["sharded_sequence"]:
+    for rank in found["sharded"]:
         assert rank[case]["bytes"] == TOKENS * per_token
         assert rank[case]["sharded_bytes"] == -(-TOKENS // 2) * per_token  # an odd length is padded
 
 
-def test_the_part_is_one_of_p(found):
+def test_the_part_is_one_of_p(ranks):
     per_token = (NUM_SUBLAYERS // 2 + 1) * BATCH * HIDDEN_SIZE * FP32
-    assert [rank["sharded_bytes"] for rank in found["four_ranks"]] == [16 * per_token // 4] * 4
+    assert [rank["sharded_bytes"] for rank in ranks["four_ranks"]] == [16 * per_token // 4] * 4
 
 
-def test_any_length(found):
-    two = [difference for rank in found["sharded_sequence"] for difference in rank["lengths"].values()]
-    four = [difference for rank in found["four_ranks"] for difference in rank["lengths"].values()]
+def test_any_length(found, ranks):
+    two = [difference for rank in found["sharded"] for difference in rank["lengths"].values()]
+    four = [difference for rank in ranks["four_ranks"] for difference in rank["lengths"].values()]
     assert (len(two), len(four)) == (8, 8)
     assert max(two + four) < TOLERANCE
 
 
 def test_chunked_prefill(found):
-    assert [rank["chunked"] for rank in found["sharded_sequence"]] == [True, True]
+    assert [rank["chunked"] for rank in found["sharded"]] == [True, True]
 
 
 def test_outputs_are_whole(found):
-    for rank in found["sharded_sequence"]:
+    for rank in found["sharded"]:
         assert max(rank["outputs"].values()) < TOLERANCE
         assert rank["base_model"] < TOLERANCE
 
 
 def test_reduce_scatter_takes_the_place_of_all_reduce(found):
-    for rank in found["collectives_of_a_prefill"]:
+    for rank in found["collectives"]:
         plain, sharded = rank["plain"], rank["sharded"]
         # One for the embedding, one per sublayer; the head gathers its logits.
         assert plain == {
@@ -118,13 +115,12 @@ def test_bad_arguments_are_refused_on_every_rank(found):
 
 @pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("number", ["one", "four"])
-def test_a_checkpoint_of_two_ranks_loads_on(found, number, name):
-    ranks = found[f"load_on_{number}"]
-    assert [rank[name] for rank in ranks] == [0.0] * {"one": 1, "four": 4}[number]
+def test_a_checkpoint_of_two_ranks_loads_on(ranks, number, name):
+    assert [rank[name] for rank in ranks[f"load_on_{number}"]] == [0.0] * {"one": 1, "four": 4}[number]
 
 
-def test_a_killed_rank_is_an_error_of_the_others(found):
-    (survivor,) = found["killed_rank"]
+def test_a_killed_rank_is_an_error_of_the_others(ranks):
+    (survivor,) = ranks["killed_rank"]
     assert re.search(r"[Cc]onnection (reset|closed)", survivor["error"])
     assert survivor["seconds"] < 30
 

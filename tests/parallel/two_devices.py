@@ -1,11 +1,8 @@
-"""Runs a model over two devices that do not exist: shapes, dtypes and devices are followed, nothing is computed.
+"""What [`test_device_map`] runs in a process of its own: a model over two devices that do not exist.
 
-    python two_devices.py FOUND.json
-
-Writes by case the devices of what the forward makes, or fails where tensors of two devices meet in one operation.
+Shapes, dtypes and devices are followed, nothing is computed; where tensors of two devices meet in one operation it fails.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -22,8 +19,6 @@ from tiny_backbones import tiny_model
 from modeling_attnres import BlockSummaries
 
 
-# A backend of torch's own for tests: as many devices as one likes, which autograd accepts too (fake GPUs it does not).
-_setup_privateuseone_for_python_backend("pretend")
 FIRST, SECOND = "pretend:0", "pretend:1"
 
 
@@ -95,5 +90,10 @@ CASES = {
 }
 
 
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps({name: forward(*case) for name, case in CASES.items()}))
+def two_devices(folder: Path) -> dict:
+    # A backend that torch has for tests: as many devices as one likes, and autograd accepts them (fake GPUs it does not).
+    _setup_privateuseone_for_python_backend("pretend")
+    return {name: forward(*case) for name, case in CASES.items()}
+
+
+SCENARIOS = ((two_devices, 1),)
