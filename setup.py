@@ -1,7 +1,7 @@
 """Packaging of modeling-attnres.
 
-In a checkout `configuration/`, `conversion/`, `eval/`, `parallel/` and `training/` lie beside the model. Installed, they live below
-`modeling_attnres`, because top-level packages of such common names would collide with other projects'.
+In a checkout `configuration/`, `conversion/`, `eval/`, `parallel/` and `training/` lie beside the model. Installed, they
+live below `modeling_attnres`, because top-level packages of such common names would collide with other projects'.
 """
 
 import re
@@ -73,6 +73,7 @@ setup(
             "attnres-bench=modeling_attnres.eval.bench.cli:main",
             "attnres-inspect=modeling_attnres.eval.inspect_model:main",
             "attnres-eval=modeling_attnres.eval.cli:main",
+            "attnres-plan=modeling_attnres.parallel.cli:main",
         ],
         # Read by versions of lm-eval that look for plugins; 0.4.13 does not.
         "lm_eval.models": ["attnres=modeling_attnres.eval.lm:AttnResLM"],

@@ -441,7 +441,8 @@ class DepthStream:
 
     def stacked_sources(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """All sources in order of depth, `[B, T, n, D]`, as a copy that outlives the bank."""
-        return torch.stack((*self.sources, *self.form.recents(state)), dim=-2)
+        recents = (recent.to(self.embedding.device) for recent in self.form.recents(state))
+        return torch.stack((*self.sources, *recents), dim=-2)
 
     def _file(self, source: torch.Tensor):
         if self.uses_bank:

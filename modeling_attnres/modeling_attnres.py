@@ -172,6 +172,9 @@ class AttnResModel(AttnResPreTrainedModel):
 
     def __init__(self, config: AttnResConfig):
         super().__init__(config)
+        # The embedding as the first source of depth: where sequence sharding cuts it, after masks and positions are
+        # made. First of the children, so that a device map puts it beside the embedding.
+        self.depth_input = nn.Identity()
         backbone = backbone_class(config.text_config)(config.text_config)
         plans = check_backbone(backbone)
         depth_attention, self.depth_form = build_depth_attention(config)
@@ -179,6 +182,8 @@ class AttnResModel(AttnResPreTrainedModel):
             AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block, self.depth_form)
             for index, (layer, plan) in enumerate(zip(backbone.layers, plans, strict=True))
         )
+        # The class that it names is not there any more, and whoever wraps by these names looks for each of them.
+        backbone._no_split_modules = self._no_split_modules
         self.backbone = backbone
         self.depth_attention = depth_attention
         self.gradient_checkpointing = False
@@ -225,12 +230,14 @@ class AttnResModel(AttnResPreTrainedModel):
         )
         layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
 
-        queries, norm_floor = self.depth_attention(inputs_embeds)
+        embedding = self.depth_input(inputs_embeds)
+        # Beside the embedding, where the bank lies, also if a device map has put the module elsewhere.
+        queries, norm_floor = (tensor.to(embedding.device) for tensor in self.depth_attention(embedding))
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
         reuse = block_summaries is not None and not torch.compiler.is_compiling()
         bank = block_summaries if reuse else BlockSummaries()
         depth = self.depth_form.stream(queries, norm_floor, bank, self.config.sublayers_per_block)
-        state = depth.start(inputs_embeds)
+        state = depth.start(embedding)
         wanted = self._wanted_hidden_states(kwargs)
         state, hidden_states, depth_weights = run_decoder_layers(
             list(self.backbone.layers), depth, state, masks, self.training, wanted, **layer_kwargs

@@ -83,6 +83,7 @@ def test_the_wheel_holds_one_package_and_all_of_it(folder, wheel):
     assert held == expected
     assert {"modeling_attnres/configuration/models/tiny.json", "modeling_attnres/conversion/cli.py"} <= held
     assert "modeling_attnres/configuration/training/scaling-law-194m.yaml" in held
+    assert "modeling_attnres/configuration/training/accelerate/fsdp2.yaml" in held
 
 
 def test_the_metadata_says_what_to_install(metadata):

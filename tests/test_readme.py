@@ -55,7 +55,13 @@ def test_python_blocks_run(code, folder, monkeypatch, capsys):
 
 
 def test_every_shown_command_exists():
-    assert {command.split()[0] for command in COMMANDS} == {"attnres-convert", "attnres-eval", "attnres-bench"}
+    assert {command.split()[0] for command in COMMANDS} == {
+        "attnres-convert",
+        "attnres-eval",
+        "attnres-bench",
+        "attnres-inspect",
+        "attnres-plan",
+    }
     for command in COMMANDS:
         name, *arguments = shlex.split(command)
         module = entry_point(name).load().__globals__

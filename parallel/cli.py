@@ -1,0 +1,195 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`attnres-plan`: what block summaries cost a model at scale, before it runs."""
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from modeling_attnres.configuration import list_presets, load_preset
+
+from .plan import (
+    BYTES,
+    CACHING,
+    DepthShape,
+    Hardware,
+    pipeline_transitions,
+    predict_overhead,
+    summary_memory,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="attnres-plan",
+        description="Bytes between pipeline stages, memory of the block summaries, and the overhead they predict.",
+    )
+    model = parser.add_argument_group("the model: a preset, or its shape")
+    model.add_argument("--preset", help="name of an AttnRes preset, such as kimi-linear-48b-a3b-block")
+    model.add_argument("--num-layers", type=int, help="decoder layers")
+    model.add_argument("--hidden-size", type=int, help="D")
+    blocks = model.add_mutually_exclusive_group()
+    blocks.add_argument("--sublayers-per-block", type=int, metavar="S", help="two sublayers per decoder layer")
+    blocks.add_argument("--num-blocks", type=int, metavar="N")
+    model.add_argument("--depth-weights", choices=["mean", "sum"], help="default: the preset's, or mean")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--tokens", type=int, default=4096, metavar="T", help="of a micro-batch, or a prompt")
+    run.add_argument("--dtype", choices=list(BYTES), default="bfloat16")
+    run.add_argument("--pipeline-ranks", type=int, default=1, metavar="P")
+    run.add_argument("--virtual-stages", type=int, default=1, metavar="V", help="per pipeline rank")
+    run.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="RANKS", help="that the sequence is sharded over"
+    )
+    run.add_argument("--chunk", type=int, metavar="TOKENS", help="of a chunked prefill")
+    hardware = parser.add_argument_group("the hardware (all four for a predicted overhead)")
+    hardware.add_argument("--link-bandwidth", type=float, metavar="GB/S", help="between pipeline stages, one way")
+    hardware.add_argument("--memory-bandwidth", type=float, metavar="GB/S")
+    hardware.add_argument("--flops", type=float, metavar="TFLOP/S", help="that the model reaches")
+    hardware.add_argument("--activated-parameters", type=float, metavar="BILLIONS")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None):
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        figures = plan(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    print(json.dumps(figures, indent=2) if arguments.json else format_figures(figures))
+
+
+def plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All figures as plain data: bytes and seconds.
+
+    Raises:
+        ValueError: if the arguments do not describe a model, or do not go together.
+    """
+    shape = _shape(arguments)
+    ranks, virtual, tokens, dtype = (
+        arguments.pipeline_ranks,
+        arguments.virtual_stages,
+        arguments.tokens,
+        arguments.dtype,
+    )
+    whole = summary_memory(shape, tokens, dtype)
+    figures: dict[str, Any] = {
+        "model": asdict(shape) | {"num_sublayers": shape.num_sublayers, "num_blocks": shape.num_blocks},
+        "summaries": {"whole": whole.total, "sources": whole.sources},
+    }
+    if arguments.tensor_parallel != 1:
+        figures["summaries"]["sharded"] = summary_memory(shape, tokens, dtype, arguments.tensor_parallel).total
+    if arguments.chunk is not None:
+        chunked = summary_memory(shape, tokens, dtype, arguments.tensor_parallel, arguments.chunk)
+        figures["summaries"]["sharded_chunk" if arguments.tensor_parallel != 1 else "chunk"] = chunked.total
+    if ranks * virtual != 1:
+        tensor = shape.hidden_size * tokens * BYTES[dtype]
+        figures["pipeline"] = {"prenorm": {"total": (ranks * virtual - 1) * tensor, "peak": tensor}}
+        for caching in CACHING:
+            sent = [step.tensors * tensor for step in pipeline_transitions(shape, ranks, virtual, caching)]
+            figures["pipeline"][caching] = {"total": sum(sent), "peak": max(sent), "transitions": sent}
+    if (hardware := _hardware(arguments)) is not None:
+        figures["overhead"] = {}
+        for caching in CACHING if ranks * virtual != 1 else CACHING[:1]:
+            transitions = pipeline_transitions(shape, ranks, virtual, caching)
+            overhead = predict_overhead(
+                shape, hardware, arguments.activated_parameters * 1e9, tokens, transitions, dtype
+            )
+            bounds = {"lowest": overhead.lowest, "highest": overhead.highest}
+            figures["overhead"][caching] = asdict(overhead) | bounds
+    return figures
+
+
+def _shape(arguments: argparse.Namespace) -> DepthShape:
+    by_hand = {name: getattr(arguments, name) for name in ("num_layers", "hidden_size")}
+    if arguments.preset is not None:
+        if given := [name for name, value in by_hand.items() if value is not None]:
+            raise ValueError(f"Give `preset` or the shape, not both: got preset={arguments.preset!r} and {given}.")
+        names = [name for name in list_presets() if not name.endswith("-prenorm")]
+        if arguments.preset not in names:
+            raise ValueError(f"`preset` must be one of {', '.join(names)}; got {arguments.preset!r}.")
+        wanted = ("sublayers_per_block", "num_blocks", "depth_weights")
+        overrides = {name: getattr(arguments, name) for name in wanted if getattr(arguments, name) is not None}
+        config = load_preset(arguments.preset, **overrides)
+        return DepthShape(
+            config.num_hidden_layers, config.hidden_size, config.sublayers_per_block, config.depth_weights
+        )
+    if missing := [name for name, value in by_hand.items() if value is None]:
+        raise ValueError(f"Give `preset`, or the shape: {', '.join(f'`{name}`' for name in missing)} missing.")
+    per_block = arguments.sublayers_per_block
+    if per_block is None:
+        num_blocks, num_sublayers = arguments.num_blocks or 8, 2 * arguments.num_layers
+        if not 1 <= num_blocks <= num_sublayers:
+            raise ValueError(f"`num_blocks` must be from 1 to the {num_sublayers} sublayers, got {num_blocks}.")
+        per_block = -(-num_sublayers // num_blocks)
+    return DepthShape(arguments.num_layers, arguments.hidden_size, per_block, arguments.depth_weights or "mean")
+
+
+def _hardware(arguments: argparse.Namespace) -> Hardware | None:
+    names = ("link_bandwidth", "memory_bandwidth", "flops", "activated_parameters")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    if not given:
+        return None
+    if missing := sorted({*names} - {*given}):
+        raise ValueError(f"A predicted overhead needs {', '.join(f'`{name}`' for name in missing)} too.")
+    return Hardware(
+        flops=arguments.flops * 1e12,
+        memory_bandwidth=arguments.memory_bandwidth * 1e9,
+        link_bandwidth=arguments.link_bandwidth * 1e9,
+    )
+
+
+def format_figures(figures: dict[str, Any]) -> str:
+    """The figures as lines of text."""
+    model, summaries = figures["model"], figures["summaries"]
+    lines = [
+        f"{model['num_layers']} decoder layers, L = {model['num_sublayers']} sublayers, S = "
+        f"{model['sublayers_per_block']}, N = {model['num_blocks']} blocks, D = {model['hidden_size']}, "
+        f"'{model['depth_weights']}'",
+        "",
+        "block summaries of a prefill, per rank",
+        f"  whole            {_bytes(summaries['whole'])} (sources alone {_bytes(summaries['sources']).strip()})",
+    ]
+    labels = {"sharded": "sharded", "chunk": "one chunk", "sharded_chunk": "sharded chunk"}
+    lines += [f"  {label:<16} {_bytes(summaries[name])}" for name, label in labels.items() if name in summaries]
+    if "pipeline" in figures:
+        lines += ["", "sent per forward between pipeline stages (the backward sends as much)"]
+        lines.append(f"  {'sources kept':<16} {'in all':>10} {'at most at once':>18}")
+        lines += [
+            f"  {name:<16} {_bytes(entry['total'])} {_bytes(entry['peak']):>18}"
+            for name, entry in figures["pipeline"].items()
+        ]
+    if "overhead" in figures:
+        lines += ["", "predicted overhead of a forward: transfers hidden, not hidden"]
+        for name, entry in figures["overhead"].items():
+            label = f"  {name:<16}" if "pipeline" in figures else "  no pipeline     "
+            verdict = (
+                "" if "pipeline" not in figures else ", can be hidden" if entry["hidden"] else ", cannot be hidden"
+            )
+            lines.append(f"{label} {entry['lowest']:>9.2%} {entry['highest']:>10.2%}{verdict}")
+    return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    units = ["B", "kB", "MB", "GB", "TB"]
+    power = 0
+    while count >= 1000 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:>7.4g} {units[power]:<2}"
+
+
+if __name__ == "__main__":
+    main()
