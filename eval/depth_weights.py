@@ -58,6 +58,7 @@ def save_depth_heatmap(matrices: dict[str, torch.Tensor], path: Path) -> list[Pa
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.colors import PowerNorm
 
     figure, axes = plt.subplots(
         len(matrices), 2, figsize=(11, 4.6 * len(matrices)), squeeze=False, layout="constrained"
@@ -69,7 +70,9 @@ def save_depth_heatmap(matrices: dict[str, torch.Tensor], path: Path) -> list[Pa
             ("feed-forwards and output", torch.cat([matrix[1:-1:2], matrix[-1:]])),
         )
         for axis, (part, values) in zip(row, parts):
-            image = axis.imshow(values.T, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=largest)
+            # A square-root scale: many sources share the weight, and their differences should show.
+            norm = PowerNorm(0.5, vmin=0, vmax=largest)
+            image = axis.imshow(values.T, aspect="auto", origin="lower", cmap="viridis", norm=norm)
             axis.set(title=f"{title}: {part}", xlabel="decoder layer", ylabel="source (0 = embedding)")
         figure.colorbar(image, ax=list(row), label="mean weight")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,15 +34,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def without_autocast(function: Callable) -> Callable:
-    """Keeps autocast, which is meant for the sublayers, out of depth attention: it would round scores to half precision."""
+    """Keeps autocast, which is meant for the sublayers, out of depth attention: it would round scores to half precision.
+
+    The second argument of `function` must be a tensor: its device says which autocast.
+    """
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
+    def wrapper(first, tensor, *args, **kwargs):
+        device = tensor.device.type
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return function(*args, **kwargs)
+            return function(first, tensor, *args, **kwargs)
         with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
+            return function(first, tensor, *args, **kwargs)
 
     return wrapper
 

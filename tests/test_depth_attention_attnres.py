@@ -263,7 +263,7 @@ def test_two_streams_over_a_cut_stack_equal_naive(num_sublayers, sublayers_per_b
     queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
     sources, state = None, ()
     for run in ((0, cut), (cut, num_sublayers)):
-        depth = DepthStream(queries, norm_floor, BlockSummaries(), sublayers_per_block, depth_weights, run)
+        depth = DepthStream(queries, norm_floor, BlockSummaries(), sublayers_per_block, FORMS[depth_weights], run)
         if sources is None:
             state = depth.start(embedding)
         else:
