@@ -115,6 +115,7 @@ class SourcesStream(DepthStream):
     """The depth side of a forward without bank and phases: every mix sees all sources, which are the depth state."""
 
     def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.embedding = embedding
         return self.form.start(embedding)
 
     def read(self, first: int, last: int) -> None:
