@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tensor_parallel_ranks import CASES, SAVED, TOKENS
+from tensor_parallel_ranks import CASES, SAVED, SLOW_CASES, TOKENS
 from tiny_backbones import NUM_SUBLAYERS, tiny_config
 from torch import nn
 
@@ -41,6 +41,14 @@ def test_tensor_parallel_is_one_process(found, case):
 def test_sharded_sequence_is_one_process(found, case):
     for rank in found["sharded"]:
         assert_same(rank[case])
+
+
+@pytest.mark.slow
+def test_every_backbone_with_a_plan(run_ranks):
+    for rank in run_ranks("every_backbone")["every_backbone"]:
+        assert list(rank) == list(SLOW_CASES)
+        for case in rank.values():
+            assert_same(case)
 
 
 def test_four_ranks(ranks):
