@@ -1,7 +1,7 @@
 """Packaging of modeling-attnres.
 
-In a checkout `configuration/`, `conversion/`, `eval/` and `parallel/` lie beside the model. Installed, they live below
-`modeling_attnres`, because top-level packages of such common names would collide with other projects'.
+In a checkout `configuration/`, `conversion/`, `eval/`, `parallel/` and `training/` lie beside the model. Installed, they
+live below `modeling_attnres`, because top-level packages of such common names would collide with other projects'.
 """
 
 import re
@@ -22,7 +22,7 @@ def nested_packages(folder: str) -> dict[str, str]:
 
 
 PACKAGE_DIR = {"modeling_attnres": "modeling_attnres"}
-for folder in ("configuration", "conversion", "eval", "parallel"):
+for folder in ("configuration", "conversion", "eval", "parallel", "training"):
     PACKAGE_DIR.update(nested_packages(folder))
 
 EXTRAS = {
@@ -71,6 +71,7 @@ setup(
         "console_scripts": [
             "attnres-convert=modeling_attnres.conversion.cli:main",
             "attnres-bench=modeling_attnres.eval.bench.cli:main",
+            "attnres-inspect=modeling_attnres.eval.inspect_model:main",
             "attnres-eval=modeling_attnres.eval.cli:main",
             "attnres-plan=modeling_attnres.parallel.cli:main",
         ],

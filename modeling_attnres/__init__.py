@@ -27,6 +27,7 @@ from .modeling_attnres import (
     AttnResModel,
     AttnResPreTrainedModel,
 )
+from .peft_attnres import attnres_lora_config
 
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "BlockSummaries",
     "UnsupportedBackboneError",
     "attention_residuals",
+    "attnres_lora_config",
     "naive_depth_attention",
     "supported_backbones",
 ]

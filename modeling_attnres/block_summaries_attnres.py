@@ -21,7 +21,9 @@ gradient passes along it as one buffer into which every operation adds in place:
 no sums over its readers are left to autograd.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -29,6 +31,20 @@ import torch
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Scores and softmax are computed in at least fp32; fp64 stays fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Keeps autocast, which is meant for the sublayers, out of depth attention: it would round scores to half precision."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        device = next(argument.device.type for argument in args if isinstance(argument, torch.Tensor))
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 def weighted_sum(weights: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
@@ -169,6 +185,7 @@ class BlockSummaries:
         """`[length, B, T]`, `1 / sqrt(mean(v^2) + eps)` of each live source."""
         return math.sqrt(self.sources.shape[-1]) / self.norms[: self.length]
 
+    @without_autocast
     def append(
         self, source: torch.Tensor, queries: torch.Tensor, norm_floor: torch.Tensor, first_reader: int = 0
     ) -> torch.Tensor:
@@ -195,6 +212,7 @@ class BlockSummaries:
         self._gradient_link, alias = _LinkSource.apply(self._gradient_link, source, stored, slot)
         return alias
 
+    @without_autocast
     def score(self, queries: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """The scores `[n, R, B, T]` that the queries `[first, last)` of `[L + 1, D]` give the live sources."""
         scores = self.scores[: self.length, first:last]
@@ -204,6 +222,7 @@ class BlockSummaries:
             )
         return scores
 
+    @without_autocast
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums over the live sources with weights `[n, R, B, T]`: `[B, T, R, D]` in the sources' dtype."""
         weights = weights.to(self.sources.dtype)

@@ -28,6 +28,18 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 DEFAULT_NUM_BLOCKS = 8  # the paper's choice: most of Full AttnRes' gain at a fraction of its sources
 DEPTH_WEIGHTS = ("mean", "sum")
+# "softmax" is the method; the others replace one step of it each, as the paper's ablations do.
+DEPTH_ATTENTION_TYPES = (
+    "softmax",
+    "static",
+    "sigmoid",
+    "no_key_norm",
+    "sliding_window",
+    "multi_head",
+    "input_dependent",
+)
+DEFAULT_DEPTH_WINDOW = 8  # the paper's ablation, as are 16 heads
+DEFAULT_DEPTH_HEADS = 16
 
 # Read through the wrapper these would be written into its own config.json or looked up under the wrong class.
 _NOT_FORWARDED = ("rope_parameters", "per_layer_config", "auto_map")
@@ -57,6 +69,15 @@ class AttnResConfig(PreTrainedConfig):
             Epsilon of the key RMSNorm over sources. Defaults to the backbone's norm epsilon.
         depth_query_init_std (`float`, *optional*, defaults to 0.0):
             Standard deviation the queries are initialised with. The paper requires zero.
+        depth_attention_type (`str`, *optional*, defaults to `"softmax"`):
+            The method, or one of the paper's ablations (Table 4), which go with `depth_weights="mean"`: `"static"` (a
+            learned scalar per sublayer and source), `"sigmoid"` (in place of softmax), `"no_key_norm"`,
+            `"sliding_window"` (the embedding and the last `depth_window` sources), `"multi_head"` (`depth_heads`
+            slices of channels with a softmax each), `"input_dependent"` (queries projected from the latest source).
+        depth_window (`int`, *optional*):
+            Sources a sliding window sees beside the embedding; with `"sliding_window"` only, where it defaults to 8.
+        depth_heads (`int`, *optional*):
+            Heads over depth, a divisor of the hidden size; with `"multi_head"` only, where it defaults to 16.
 
     Raises:
         ValueError: if an argument is out of range, both block arguments are given, or `text_config` does not say
@@ -83,6 +104,9 @@ class AttnResConfig(PreTrainedConfig):
     depth_weights: str = "mean"
     depth_norm_eps: float | int | None = None
     depth_query_init_std: float | int = 0.0
+    depth_attention_type: str = "softmax"
+    depth_window: int | None = None
+    depth_heads: int | None = None
 
     def __post_init__(self, **kwargs):
         num_blocks = kwargs.pop("num_blocks", None)
@@ -106,6 +130,10 @@ class AttnResConfig(PreTrainedConfig):
             self.num_blocks = min(DEFAULT_NUM_BLOCKS, self.num_sublayers)
         if self.depth_norm_eps is None:
             self.depth_norm_eps = _backbone_norm_eps(self.text_config)
+        if self.depth_window is None and self.depth_attention_type == "sliding_window":
+            self.depth_window = DEFAULT_DEPTH_WINDOW
+        if self.depth_heads is None and self.depth_attention_type == "multi_head":
+            self.depth_heads = DEFAULT_DEPTH_HEADS
         self._validate_depth_attention()
 
     def __getattr__(self, name: str) -> Any:
@@ -157,6 +185,29 @@ class AttnResConfig(PreTrainedConfig):
             raise ValueError(f"`depth_norm_eps` must be positive, got {self.depth_norm_eps}.")
         if not self.depth_query_init_std >= 0:
             raise ValueError(f"`depth_query_init_std` must not be negative, got {self.depth_query_init_std}.")
+        self._validate_variant()
+
+    def _validate_variant(self):
+        kind = self.depth_attention_type
+        if kind not in DEPTH_ATTENTION_TYPES:
+            raise ValueError(f"`depth_attention_type` must be one of {DEPTH_ATTENTION_TYPES}, got {kind!r}.")
+        if kind != "softmax" and self.depth_weights != "mean":
+            raise ValueError(
+                f"`depth_attention_type={kind!r}` goes with `depth_weights='mean'` only, got {self.depth_weights!r}."
+            )
+        for name, owner in (("depth_window", "sliding_window"), ("depth_heads", "multi_head")):
+            value = getattr(self, name)
+            if kind != owner and value is not None:
+                raise ValueError(
+                    f"`{name}` goes with `depth_attention_type='{owner}'` only, got {value} with '{kind}'."
+                )
+            if kind == owner and (isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
+        if kind == "multi_head" and self.text_config.hidden_size % self.depth_heads:
+            raise ValueError(
+                f"`depth_heads` must divide the backbone's hidden size {self.text_config.hidden_size}, got "
+                f"{self.depth_heads}."
+            )
 
 
 def _check_in_range(name: str, value: Any, num_sublayers: int):

@@ -30,8 +30,15 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
-from .block_summaries_attnres import BlockSummaries, accumulation_dtype, norm_with_floor, weighted_sum
+from .block_summaries_attnres import (
+    BlockSummaries,
+    accumulation_dtype,
+    norm_with_floor,
+    weighted_sum,
+    without_autocast,
+)
 from .depth_merge_attnres import merge_mean, merge_sum
 
 
@@ -144,28 +151,34 @@ def read_one_source(
     return _as_reads(queries[first:last], [row] * (last - first), stat, scores)
 
 
-def read_sources(
-    queries: torch.Tensor, sources: Sequence[torch.Tensor], norm_floor: torch.Tensor, form: "type[MeanWeights]"
-) -> list[DepthRead]:
-    """Phase 1 without a bank, for a layer that recomputes it under gradient checkpointing: all plain autograd.
-
-    Args:
-        queries: `[R, D]` folded queries, in at least fp32.
-        sources: n tensors `[B, T, D]`.
-    """
-    stacked = torch.stack(tuple(sources))
-    values = stacked.to(queries.dtype)
-    scores = ((values @ queries.T) / norm_with_floor(values, norm_floor)).movedim(-1, 1)  # [n, R, B, T]
-    weights, stat = form.phase_one(scores)
-    return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked).unbind(-2), stat, scores)
-
-
 class MeanWeights:
     """Weights that sum to 1: the paper's form. The state between sublayers is the recent sources."""
+
+    @classmethod
+    def stream(cls, *args, **kwargs) -> "DepthStream":
+        """The depth side of one forward in this form; the other arguments are those of [`DepthStream`]."""
+        return DepthStream(*args, form=cls, **kwargs)
 
     @staticmethod
     def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ()
+
+    @classmethod
+    @without_autocast
+    def read_sources(
+        cls, queries: torch.Tensor, sources: Sequence[torch.Tensor], norm_floor: torch.Tensor
+    ) -> list[DepthRead]:
+        """Phase 1 without a bank, for a layer that recomputes it under gradient checkpointing: all plain autograd.
+
+        Args:
+            queries: `[R, D]` folded queries, in at least fp32.
+            sources: n tensors `[B, T, D]`.
+        """
+        stacked = torch.stack(tuple(sources))
+        values = stacked.to(queries.dtype)
+        scores = ((values @ queries.T) / norm_with_floor(values, norm_floor)).movedim(-1, 1)  # [n, R, B, T]
+        weights, stat = cls.phase_one(scores)
+        return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked).unbind(-2), stat, scores)
 
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +210,14 @@ class MeanWeights:
             return (read.row.clone() if torch.is_grad_enabled() else read.row), None
         (recent,) = state
         return merge_mean(read.row, read.stat, read.query, recent, norm_floor)
+
+    @classmethod
+    def mix_weights(cls, read: DepthRead, relative: torch.Tensor | None) -> torch.Tensor:
+        """The weights `[B, T, n]` of a mix, from what phase 1 and `phase_two` computed it with."""
+        scores = read.scores[:, read.position].movedim(0, -1)
+        if relative is not None:
+            scores = torch.cat([scores, cls.recent_score(read, relative)], dim=-1)
+        return torch.softmax(scores, dim=-1)
 
     @staticmethod
     def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
@@ -259,6 +280,11 @@ class SumWeights(MeanWeights):
         num_sources = len(read.scores) + 1
         return merge_sum(mix, read.stat, read.query, recent, norm_floor, num_sources)
 
+    @classmethod
+    def mix_weights(cls, read: DepthRead, relative: torch.Tensor | None) -> torch.Tensor:
+        weights = super().mix_weights(read, relative)
+        return weights * weights.shape[-1]
+
     @staticmethod
     def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
         stream, *recents = state
@@ -274,15 +300,6 @@ class SumWeights(MeanWeights):
 
 
 FORMS = {"mean": MeanWeights, "sum": SumWeights}
-
-
-def mix_weights(read: DepthRead, relative: torch.Tensor | None, depth_weights: str) -> torch.Tensor:
-    """The weights `[B, T, n]` of a mix, from what phase 1 and [`MeanWeights.phase_two`] computed it with."""
-    scores = read.scores[:, read.position].movedim(0, -1)
-    if relative is not None:
-        scores = torch.cat([scores, FORMS[depth_weights].recent_score(read, relative)], dim=-1)
-    weights = torch.softmax(scores, dim=-1)
-    return weights * weights.shape[-1] if depth_weights == "sum" else weights
 
 
 # --- The module ------------------------------------------------------------------------------------------------------
@@ -305,6 +322,11 @@ class DepthAttention(nn.Module):
         self.eps = eps
         self.query = nn.Parameter(torch.zeros(num_sublayers, hidden_size))
         self.key_norm = nn.Parameter(torch.ones(num_sublayers, hidden_size))
+
+    def init_weights(self, query_std: float):
+        """Zero queries for `query_std=0` (the paper), key norms of ones; leaves weights that were loaded alone."""
+        init.normal_(self.query, mean=0.0, std=query_std) if query_std > 0 else init.zeros_(self.query)
+        init.ones_(self.key_norm)
 
     def forward(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Folds each key norm's weight and `1 / rms`'s `sqrt(D)` into its query, so that a score is a quotient:
@@ -337,7 +359,9 @@ class DepthStream:
         queries, norm_floor: from [`DepthAttention`].
         bank: the block summaries to fill.
         sublayers_per_block: S.
-        depth_weights: `"mean"` or `"sum"`.
+        form: how weights come from scores, one of `FORMS`.
+        sublayers: the run `[first, last)` that this forward computes, whole decoder layers; all L if not given. A
+            pipeline stage computes some, and scores the sources for these alone.
     """
 
     def __init__(
@@ -346,13 +370,19 @@ class DepthStream:
         norm_floor: torch.Tensor,
         bank: BlockSummaries,
         sublayers_per_block: int,
-        depth_weights: str,
+        form: type[MeanWeights],
+        sublayers: tuple[int, int] | None = None,
     ):
         self.queries, self.norm_floor, self.bank = queries, norm_floor, bank
         self.sublayers_per_block = sublayers_per_block
-        self.depth_weights, self.form = depth_weights, FORMS[depth_weights]
+        self.form = form
         self.num_sublayers = len(queries) - 1
-        self.groups = sublayer_groups(self.num_sublayers, sublayers_per_block)
+        self.first, self.last = sublayers or (0, self.num_sublayers)
+        groups = sublayer_groups(self.num_sublayers, sublayers_per_block)
+        clipped = [(max(first, self.first), min(last, self.last)) for first, last in groups]
+        self.groups = [(first, last) for first, last in clipped if first < last]
+        # One past the last query that reads sources here: the output mix follows the last sublayer of the model.
+        self.num_readers = self.last + (self.last == self.num_sublayers)
         # The finished sources, alias by alias of the bank's slots, for layers that recompute phase 1.
         self.sources: list[torch.Tensor] = []
         self.output_read: DepthRead | None = None
@@ -361,12 +391,17 @@ class DepthStream:
 
     def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Empties the bank, files the embedding `[B, T, D]` as the first source; returns the first depth state."""
-        capacity = 1 + math.ceil(self.num_sublayers / self.sublayers_per_block)
-        if self.uses_bank:
-            self.bank.reset(embedding, capacity, num_queries=len(self.queries))
-        self.embedding = embedding
-        self._file(embedding)
+        self.resume((embedding,))
         return self.form.start(embedding)
+
+    def resume(self, sources: Sequence[torch.Tensor]):
+        """Empties the bank and files the sources `[B, T, D]` that were finished before the first sublayer."""
+        if self.uses_bank:
+            capacity = 1 + math.ceil(self.last / self.sublayers_per_block)
+            self.bank.reset(sources[0], capacity, num_queries=self.num_readers)
+        self.embedding = sources[0]
+        for source in sources:
+            self._file(source)
 
     def read(self, first: int, last: int) -> list[DepthRead]:
         """Phase 1 for the sublayers `[first, last)`."""
@@ -378,7 +413,7 @@ class DepthStream:
 
     def _read(self, first: int, last: int) -> list[DepthRead]:
         if not self.uses_bank:
-            return read_sources(self.queries[first:last], self.sources, self.norm_floor, self.form)
+            return self.form.read_sources(self.queries[first:last], self.sources, self.norm_floor)
         if len(self.sources) == 1:
             # Not the bank's copy: a mix handed to the user must outlive the bank's next use.
             return read_one_source(self.bank, self.embedding, self.queries, first, last, self.form)
@@ -402,7 +437,7 @@ class DepthStream:
         read = self.output_read or self._read(self.num_sublayers, self.num_sublayers + 1)[0]
         state = tuple(tensor.to(read.stat.device) for tensor in state)  # where layers sit on several devices
         mix, logit = self.form.phase_two(read, self.norm_floor, *state)
-        return mix, mix_weights(read, logit, self.depth_weights) if with_weights else None
+        return mix, self.form.mix_weights(read, logit) if with_weights else None
 
     def stacked_sources(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """All sources in order of depth, `[B, T, n, D]`, as a copy that outlives the bank."""
@@ -412,8 +447,8 @@ class DepthStream:
     def _file(self, source: torch.Tensor):
         if self.uses_bank:
             # Source k is complete when sublayer k * S begins, and no earlier query reads it from the bank.
-            first_reader = min(self.bank.length * self.sublayers_per_block, self.num_sublayers)
-            source = self.bank.append(source, self.queries, self.norm_floor, first_reader)
+            first_reader = min(max(self.bank.length * self.sublayers_per_block, self.first), self.num_sublayers)
+            source = self.bank.append(source, self.queries[: self.num_readers], self.norm_floor, first_reader)
         self.sources.append(source)
 
 
@@ -485,7 +520,7 @@ def _naive_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block
 def _two_phase_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights):
     fold = DepthAttention(len(sublayers), embedding.shape[-1], eps)
     queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
-    depth = DepthStream(queries, norm_floor, BlockSummaries(), sublayers_per_block, depth_weights)
+    depth = DepthStream(queries, norm_floor, BlockSummaries(), sublayers_per_block, FORMS[depth_weights])
     state = depth.start(embedding)
     for first, last in depth.groups:
         for index, read in enumerate(depth.read(first, last), start=first):

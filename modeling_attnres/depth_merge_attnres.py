@@ -22,7 +22,7 @@ recent source) and not the rows of phase 1: the mix itself, which the following 
 import torch
 from torch.autograd.function import once_differentiable
 
-from .block_summaries_attnres import norm_with_floor
+from .block_summaries_attnres import norm_with_floor, without_autocast
 
 
 def score_recent(query: torch.Tensor, recent: torch.Tensor, norm_floor: torch.Tensor):
@@ -39,6 +39,7 @@ def _writes_gradients_out() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+@without_autocast
 def merge_mean(row, lse, query, recent, norm_floor):
     """`h = r row + (1 - r) recent`, `r = sigmoid(lse - score)`: online softmax with one extra source.
 
@@ -68,6 +69,7 @@ def _merge_mean(row, lse, query, recent, norm_floor):
     return mix, margin, kept, dot, norm
 
 
+@without_autocast
 def merge_sum(mix, half_offset, query, recent, norm_floor, num_sources: int):
     """`h = (1 - c) mix + c n recent`, with `x = exp(score + offset)` and `c = (x - 1) / (x - 1 + n)`.
 

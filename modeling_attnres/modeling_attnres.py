@@ -23,6 +23,7 @@ n sources of a mix.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +36,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
-    GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -58,24 +56,14 @@ from transformers.utils.output_capturing import (
     selected_hidden_states,
 )
 
-from .backbone_attnres import (
-    LAYER_ARGUMENTS,
-    LayerPlan,
-    backbone_class,
-    check_backbone,
-    check_language_model_head,
-    layer_attention_mask,
-)
+from .backbone_attnres import backbone_class, check_backbone, check_language_model_head
 from .block_summaries_attnres import BlockSummaries
 from .configuration_attnres import AttnResConfig
-from .depth_attention_attnres import (
-    FORMS,
-    DepthAttention,
-    DepthRead,
-    DepthStream,
-    mix_weights,
-    read_sources,
-)
+from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, run_decoder_layers
+from .depth_attention_attnres import DepthAttention
+from .depth_variants_attnres import build_depth_attention
+from .peft_attnres import register_peft_targets
+from .state_dict_attnres import to_model_names
 
 
 # On disk the backbone keeps its own names: an AttnRes checkpoint is the PreNorm checkpoint plus `depth_attention.*`, and
@@ -109,87 +97,6 @@ class AttnResCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
     depth_weights: tuple[torch.Tensor, ...] | None = None
     block_summaries: torch.Tensor | None = None
-
-
-class AttnResDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer of the backbone (its submodules, under their own names) whose residual adds attend over depth.
-
-    Args:
-        layer: the backbone's decoder layer.
-        plan: which child plays which part, as found by probing.
-        layer_idx: index of the decoder layer; it holds sublayers `2 * layer_idx` and `2 * layer_idx + 1`.
-        sublayers_per_block: S.
-        depth_weights: `"mean"` or `"sum"`.
-    """
-
-    def __init__(
-        self, layer: nn.Module, plan: LayerPlan, layer_idx: int, sublayers_per_block: int, depth_weights: str
-    ):
-        super().__init__()
-        for name in (plan.mixer_norm, plan.mixer, plan.feed_forward_norm, plan.feed_forward):
-            self.add_module(name, getattr(layer, name))
-        self.plan = plan
-        # Most token mixers take every argument of their layer under its own name.
-        self.passes_all = plan.passes_kwargs and plan.mixer_arguments == {name: name for name in LAYER_ARGUMENTS}
-        self.depth_weights = depth_weights
-        self.mixer_starts_block = 2 * layer_idx % sublayers_per_block == 0
-        self.feed_forward_starts_block = (2 * layer_idx + 1) % sublayers_per_block == 0
-
-    def forward(
-        self,
-        norm_floor: torch.Tensor,
-        *tensors: torch.Tensor,
-        reads: tuple[DepthRead, DepthRead] | None = None,
-        num_sources: int = 0,
-        output_depth_weights: bool = False,
-        **kwargs,
-    ) -> tuple[torch.Tensor | None, ...]:
-        """
-        Args:
-            norm_floor: scalar from [`DepthAttention`].
-            tensors: with `reads`, the depth state; without, the layer's two folded queries `[2, D]`, `num_sources`
-                sources `[B, T, D]` and the depth state, so that gradient checkpointing recomputes phase 1 with the
-                layer. All that carries a gradient is positional: reentrant checkpointing drops any other.
-            reads: what phase 1 found for the token mixer and the feed-forward.
-            kwargs: the backbone's keyword arguments (masks, positions, cache).
-
-        Returns:
-            The token mixer's mix `[B, T, D]`, the two mixes' weights `[B, T, n]` (or `None`), and the new depth state.
-        """
-        form = FORMS[self.depth_weights]
-        state = tensors
-        if reads is None:
-            queries, sources, state = tensors[0], tensors[1 : 1 + num_sources], tensors[1 + num_sources :]
-            reads = read_sources(queries, sources, norm_floor, form)
-        mixer_read, feed_forward_read = reads
-
-        mixer_input, mixer_logit = form.phase_two(mixer_read, norm_floor, *state)
-        output = self._mix_tokens(getattr(self, self.plan.mixer_norm)(mixer_input), kwargs)
-        state = form.advance(state, output, self.mixer_starts_block)
-
-        hidden_states, feed_forward_logit = form.phase_two(feed_forward_read, norm_floor, *state)
-        output = getattr(self, self.plan.feed_forward)(getattr(self, self.plan.feed_forward_norm)(hidden_states))
-        if isinstance(output, tuple):  # a mixture of experts that returns its routing too
-            output = output[0]
-        state = form.advance(state, output, self.feed_forward_starts_block)
-
-        weights = (None, None)
-        if output_depth_weights:
-            weights = (
-                mix_weights(mixer_read, mixer_logit, self.depth_weights),
-                mix_weights(feed_forward_read, feed_forward_logit, self.depth_weights),
-            )
-        return mixer_input, *weights, *state
-
-    def _mix_tokens(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
-        """Calls the token mixer with the arguments its own layer would give it."""
-        if not self.passes_all:
-            arguments = {name: kwargs.get(source) for name, source in self.plan.mixer_arguments.items()}
-            if self.plan.passes_kwargs:
-                arguments.update({name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS})
-            kwargs = arguments
-        output = getattr(self, self.plan.mixer)(hidden_states, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
@@ -236,11 +143,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, DepthAttention):
-            if self.config.depth_query_init_std > 0:
-                init.normal_(module.query, mean=0.0, std=self.config.depth_query_init_std)
-            else:
-                init.zeros_(module.query)
-            init.ones_(module.key_norm)
+            module.init_weights(self.config.depth_query_init_std)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in Transformers; `auto_map` names a class for every task, not only the saved one.
@@ -251,6 +154,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
         if type(self).__module__ == __name__:  # a subclass from elsewhere brings its own file, not this one
             self.config.auto_map = (vars(self.config).get("auto_map") or {}) | auto_map()
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As in torch; takes a checkpoint file's names for the model's own, as `Trainer` gives them on resuming."""
+        return super().load_state_dict(to_model_names(self, state_dict), strict=strict, assign=assign)
 
 
 class AttnResModel(AttnResPreTrainedModel):
@@ -270,16 +177,15 @@ class AttnResModel(AttnResPreTrainedModel):
         self.depth_input = nn.Identity()
         backbone = backbone_class(config.text_config)(config.text_config)
         plans = check_backbone(backbone)
+        depth_attention, self.depth_form = build_depth_attention(config)
         backbone.layers = nn.ModuleList(
-            AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block, config.depth_weights)
+            AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block, self.depth_form)
             for index, (layer, plan) in enumerate(zip(backbone.layers, plans, strict=True))
         )
         # The class that it names is not there any more, and whoever wraps by these names looks for each of them.
         backbone._no_split_modules = self._no_split_modules
         self.backbone = backbone
-        self.depth_attention = DepthAttention(
-            config.num_sublayers, config.text_config.hidden_size, config.depth_norm_eps
-        )
+        self.depth_attention = depth_attention
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -319,8 +225,9 @@ class AttnResModel(AttnResPreTrainedModel):
             inputs_embeds = self.backbone.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        masks, layer_kwargs = self._backbone_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
-        layers = list(self.backbone.layers)
+        masks, layer_kwargs = backbone_inputs(
+            self.backbone, self.config.text_config, inputs_embeds, attention_mask, position_ids, past_key_values
+        )
         layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
 
         embedding = self.depth_input(inputs_embeds)
@@ -329,23 +236,12 @@ class AttnResModel(AttnResPreTrainedModel):
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
         reuse = block_summaries is not None and not torch.compiler.is_compiling()
         bank = block_summaries if reuse else BlockSummaries()
-        depth = DepthStream(queries, norm_floor, bank, self.config.sublayers_per_block, self.config.depth_weights)
+        depth = self.depth_form.stream(queries, norm_floor, bank, self.config.sublayers_per_block)
         state = depth.start(embedding)
-        hidden_states, depth_weights = [], []
         wanted = self._wanted_hidden_states(kwargs)
-        for first, last in depth.groups:
-            group = range(first // 2, last // 2)
-            recompute = self.training and any(layers[index].gradient_checkpointing for index in group)
-            reads = None if recompute else depth.read(first, last)
-            for index in group:
-                depth_inputs, depth_kwargs = self._layer_reads(depth, reads, index, first)
-                mix, *weights_and_state = layers[index](
-                    norm_floor, *depth_inputs, *state, **depth_kwargs, attention_mask=masks[index], **layer_kwargs
-                )
-                state = tuple(weights_and_state[2:])
-                hidden_states.append(mix if index in wanted else None)  # a mix not asked for is freed here
-                depth_weights += weights_and_state[:2]
-            state = depth.close(state, next_sublayer=last)
+        state, hidden_states, depth_weights = run_decoder_layers(
+            list(self.backbone.layers), depth, state, masks, self.training, wanted, **layer_kwargs
+        )
         mix, output_weights = depth.mix_output(state, with_weights=output_depth_weights)
         last_hidden_state = self.backbone.norm(mix)
         hidden_states.append(last_hidden_state if len(hidden_states) in wanted else None)
@@ -357,29 +253,6 @@ class AttnResModel(AttnResPreTrainedModel):
             depth_weights=(*depth_weights, output_weights) if output_depth_weights else None,
             block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
         )
-
-    def _backbone_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[list, dict]:
-        """Every layer's attention mask, and the keyword arguments that the layers share."""
-        if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
-        text_config, masks = self.config.text_config, attention_mask
-        if not isinstance(masks, dict):  # `generate` prepares them when the cache is static
-            masks = create_masks_for_generate(text_config, inputs_embeds, masks, past_key_values, position_ids)
-        masks = [layer_attention_mask(masks, text_config, index) for index in range(len(self.backbone.layers))]
-        layer_kwargs = {"position_ids": position_ids, "past_key_values": past_key_values}
-        if hasattr(self.backbone, "rotary_emb"):
-            layer_kwargs["position_embeddings"] = self.backbone.rotary_emb(inputs_embeds, position_ids=position_ids)
-        return masks, layer_kwargs
-
-    @staticmethod
-    def _layer_reads(depth: DepthStream, reads: list[DepthRead] | None, index: int, first: int) -> tuple[tuple, dict]:
-        """Phase 1 of decoder layer `index` as its inputs: done, or as sources for a layer that recomputes it."""
-        sublayer = 2 * index
-        if reads is None:
-            return (depth.queries[sublayer : sublayer + 2], *depth.sources), {"num_sources": len(depth.sources)}
-        return (), {"reads": reads[sublayer - first : sublayer - first + 2]}
 
     def _wanted_hidden_states(self, kwargs: dict) -> set[int]:
         """Indices of the hidden states that `output_hidden_states` asks for: none, all, or those it names."""
@@ -515,6 +388,7 @@ AUTO_CLASSES = {
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class)
     _model_class.register_for_auto_class(_auto_class.__name__)
+register_peft_targets()
 
 
 def auto_map() -> dict[str, str]:

@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Running and planning AttnRes models on several processes."""
+"""Training and inference on several devices (docs/pipeline.md, docs/scaling.md), and what it costs."""
 
 from .sequence_sharding import sequence_parallel_plan
+from .stages import gather_state_dict, pipeline_stages, reduce_shared_gradients
 
 
-__all__ = ["sequence_parallel_plan"]
+__all__ = ["gather_state_dict", "pipeline_stages", "reduce_shared_gradients", "sequence_parallel_plan"]

@@ -6,16 +6,14 @@ import torch
 from modeling_attnres import attention_residuals, naive_depth_attention
 from modeling_attnres.block_summaries_attnres import BlockSummaries
 from modeling_attnres.depth_attention_attnres import (
+    FORMS,
     DepthAttention,
     DepthStream,
-    mix_weights,
-    read_sources,
     sublayer_groups,
 )
 
 
 EPS = 1e-6
-FORMS = ("mean", "sum")
 # (L, S): Full, even, odd (blocks end inside decoder layers), one block, last block short, longer than a group.
 SCHEDULES = [(8, 1), (8, 2), (8, 3), (8, 5), (8, 8), (12, 7), (10, 9), (24, 20)]
 
@@ -217,12 +215,12 @@ def test_weights_behind_a_mix_reproduce_it(depth_weights):
     fold.load_state_dict({"query": query.detach(), "key_norm": key_norm.detach()})
     with torch.no_grad():
         queries, norm_floor = fold(embedding)
-        depth = DepthStream(queries, norm_floor, BlockSummaries(), 4, depth_weights)
+        depth = DepthStream(queries, norm_floor, BlockSummaries(), 4, FORMS[depth_weights])
         state = depth.start(embedding)
         for first, last in depth.groups:
             for index, read in enumerate(depth.read(first, last), start=first):
                 mix, logit = depth.form.phase_two(read, norm_floor, *state)
-                weights = mix_weights(read, logit, depth_weights)
+                weights = depth.form.mix_weights(read, logit)
                 sources = depth.stacked_sources(state)
                 torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights, sources), mix)
                 state = depth.form.advance(state, sublayers[index](mix), index % 4 == 0)
@@ -241,15 +239,46 @@ def test_phase_one_without_a_bank_equals_the_bank(depth_weights):
     torch.nn.init.normal_(fold.query)
     with torch.no_grad():
         queries, norm_floor = fold(sources[0])
-        depth = DepthStream(queries, norm_floor, BlockSummaries(), 1, depth_weights)
+        depth = DepthStream(queries, norm_floor, BlockSummaries(), 1, FORMS[depth_weights])
         depth.start(sources[0])
         for source in sources[1:]:
             depth._file(source)
         banked = depth.read(4, 6)
-        direct = read_sources(queries[4:6], sources, norm_floor, depth.form)
+        direct = depth.form.read_sources(queries[4:6], sources, norm_floor)
     for one, other in zip(banked, direct):
         torch.testing.assert_close(one.row, other.row)
         torch.testing.assert_close(one.stat, other.stat)
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+@pytest.mark.parametrize(("num_sublayers", "sublayers_per_block"), SCHEDULES)
+@pytest.mark.parametrize("cut", [2, 6])
+def test_two_streams_over_a_cut_stack_equal_naive(num_sublayers, sublayers_per_block, depth_weights, cut):
+    stack = random_stack(num_sublayers, 0.5, torch.float64)
+    embedding, sublayers, query, key_norm, direction = stack
+    naive = output_and_gradients(
+        stack, impl="naive", sublayers_per_block=sublayers_per_block, depth_weights=depth_weights
+    )
+    fold = DepthAttention(num_sublayers, embedding.shape[-1], EPS)
+    queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
+    sources, state = None, ()
+    for run in ((0, cut), (cut, num_sublayers)):
+        depth = DepthStream(queries, norm_floor, BlockSummaries(), sublayers_per_block, depth_weights, run)
+        if sources is None:
+            state = depth.start(embedding)
+        else:
+            depth.resume(sources)
+        for first, last in depth.groups:
+            for index, read in enumerate(depth.read(first, last), start=first):
+                output = sublayers[index](depth.form.phase_two(read, norm_floor, *state)[0])
+                state = depth.form.advance(state, output, starts_block=index % sublayers_per_block == 0)
+            state = depth.close(state, next_sublayer=last)
+        sources = depth.sources
+        assert len(depth.bank.sources) <= 2 + run[1] // sublayers_per_block  # no room for blocks of later runs
+    output = depth.mix_output(state)[0]
+    gradients = torch.autograd.grad((output * direction).sum(), (embedding, query, key_norm))
+    for name, value, reference in zip(("output", "embedding", "query", "key_norm"), (output, *gradients), naive):
+        assert relative_error(value.detach(), reference) < 1e-12, name  # fp64 rounding over a stack
 
 
 @pytest.mark.parametrize("num_sublayers", [2, 6, 24, 54])
@@ -281,3 +310,18 @@ def test_bad_arguments_are_named(kwargs, message):
     arguments = {"query": query, "key_norm": key_norm, "sublayers_per_block": 2, **kwargs}
     with pytest.raises(ValueError, match=message):
         attention_residuals(embedding, sublayers, eps=EPS, **arguments)
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+@pytest.mark.parametrize("sublayers_per_block", [1, 4])
+def test_autocast_stays_out_of_depth_attention(sublayers_per_block, depth_weights):
+    """It is for the sublayers: what it would round are the scores. Sublayers here have nothing to cast."""
+    embedding, _, query, key_norm, direction = random_stack(8, 2.0, torch.float32)
+    sublayers = [lambda x, shift=shift: torch.sin(x + shift) for shift in range(8)]
+    stack = (embedding, sublayers, query, key_norm, direction)
+    kwargs = {"sublayers_per_block": sublayers_per_block, "depth_weights": depth_weights}
+    expected = output_and_gradients(stack, **kwargs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attention_residuals(embedding, sublayers, query, key_norm, EPS, **kwargs)
+    found = (output, *torch.autograd.grad((output * direction).sum(), (embedding, query, key_norm)))
+    assert all(torch.equal(value, reference) for value, reference in zip(found, expected, strict=True))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_backbones import BACKBONES, NUM_SUBLAYERS, tiny_config, tiny_inputs, tiny_model
+from tiny_backbones import BACKBONES, NUM_SUBLAYERS, tiny_backbone, tiny_config, tiny_inputs, tiny_model
+from transformers import AutoModelForCausalLM
 
 from modeling_attnres import AttnResForCausalLM
 
@@ -136,3 +137,38 @@ def test_gradient_accumulation_divides_by_all_items():
         model(half, labels=half, num_items_in_batch=items).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sublayers_per_block", [1, 2, 3, NUM_SUBLAYERS])
+@pytest.mark.parametrize("depth_weights", ["mean", "sum"])
+def test_gradients_under_autocast(sublayers_per_block, depth_weights):
+    """Sources stay as wide as the stream and scores are fp32, so depth attention adds no rounding of its own."""
+    model = training_model("llama", sublayers_per_block, depth_weights)
+    expected = {name: gradient.clone() for name, gradient in gradients(model, tiny_inputs()).items()}
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(
+                tiny_inputs(), labels=tiny_inputs(), output_depth_weights=True, output_block_summaries=True
+            )
+        assert outputs.logits.dtype == torch.bfloat16
+        assert outputs.block_summaries.dtype == torch.float32
+        assert {weights.dtype for weights in outputs.depth_weights} == {torch.float32}
+        model.zero_grad()
+        outputs.loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.dtype == torch.float32
+            similarity = torch.cosine_similarity(parameter.grad.flatten(), expected[name].flatten(), dim=0)
+            assert similarity > 0.99, name
+
+
+@pytest.mark.parametrize("model_type", BACKBONES)
+def test_zero_queries_are_the_prenorm_model_under_autocast(model_type):
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(tiny_backbone(model_type))
+    model = AttnResForCausalLM(tiny_config(model_type, 3, "sum"))
+    model.model.backbone.load_state_dict(dense.model.state_dict())
+    model.lm_head.load_state_dict(dense.lm_head.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.eval()(tiny_inputs()).logits, dense.eval()(tiny_inputs()).logits)

@@ -15,7 +15,7 @@ import modeling_attnres
 
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("configuration", "conversion", "eval", "parallel")
+FOLDERS = ("configuration", "conversion", "eval", "parallel", "training")
 SCRIPTS = {"attnres-convert": "modeling_attnres.conversion.cli:main"}  # those a user is told of must be among them
 INSTALLED = """
 import importlib, json, sys
@@ -32,7 +32,7 @@ found["callable"] = []
 for target in sys.argv[1:]:
     module, _, attribute = target.partition(":")
     found["callable"].append(callable(getattr(importlib.import_module(module), attribute)))
-for name in ("conversion", "eval", "parallel"):
+for name in ("conversion", "eval", "parallel", "training"):
     found[name] = importlib.import_module(f"modeling_attnres.{name}").__file__
 print(json.dumps(found))
 """

@@ -59,6 +59,7 @@ def test_every_shown_command_exists():
         "attnres-convert",
         "attnres-eval",
         "attnres-bench",
+        "attnres-inspect",
         "attnres-plan",
     }
     for command in COMMANDS:

@@ -18,6 +18,7 @@ from modeling_attnres import (
     AttnResForTokenClassification,
     AttnResModel,
 )
+from modeling_attnres.configuration_attnres import DEPTH_ATTENTION_TYPES
 
 
 PACKAGE = Path(modeling_attnres.__file__).parent
@@ -37,6 +38,8 @@ AUTO_MAP = {
 CHECKPOINTS = [("llama", name, name) for name in CLASSES]
 CHECKPOINTS += [(backbone, "AutoModelForCausalLM", "AutoModelForCausalLM") for backbone in ("mixtral", "kimi_linear")]
 CHECKPOINTS += [("llama", "AutoModelForCausalLM", "AutoModel")]  # the body of a language model, by itself
+VARIANTS = [kind for kind in DEPTH_ATTENTION_TYPES if kind != "softmax"]
+CHECKPOINTS += [(f"llama-{kind}", "AutoModelForCausalLM", "AutoModelForCausalLM") for kind in VARIANTS]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,11 @@ def folder(tmp_path_factory):
     for backbone, saved, loaded in CHECKPOINTS:
         source = folder / f"{backbone}-{saved}"
         if not source.exists():
-            tiny_model(backbone, model_class=CLASSES[saved]).save_pretrained(source)
-        name = f"{backbone}-{saved}-{loaded}"
+            backbone, _, kind = backbone.partition("-")
+            tiny_model(backbone, model_class=CLASSES[saved], depth_attention_type=kind or "softmax").save_pretrained(
+                source
+            )
+        name = f"{source.name}-{loaded}"
         paths = {"again": str(folder / f"{name}-again"), "results": str(folder / f"{name}.safetensors")}
         jobs.append({"source": str(source), "auto_class": loaded, "inputs": tiny_inputs().tolist(), **paths})
     (folder / "jobs.json").write_text(json.dumps(jobs))

@@ -81,12 +81,19 @@ def tiny_backbone(model_type: str, **overrides) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**{**_COMMON, **_SPECIFIC[model_type], **overrides})
 
 
-def tiny_config(model_type: str = "llama", sublayers_per_block: int = 2, depth_weights: str = "mean", **overrides):
+def tiny_config(
+    model_type: str = "llama",
+    sublayers_per_block: int = 2,
+    depth_weights: str = "mean",
+    depth_attention_type: str = "softmax",
+    **overrides,
+):
     """An [`AttnResConfig`] around [`tiny_backbone`]."""
     return AttnResConfig(
         text_config=tiny_backbone(model_type, **overrides),
         sublayers_per_block=sublayers_per_block,
         depth_weights=depth_weights,
+        depth_attention_type=depth_attention_type,
     )
 
 

@@ -23,6 +23,7 @@ PAPER = {
     "scaling-law-528m": (528, 17, 17, 1264, 560, 119.0, 2.02e-3, 432, 1.719, 1.693, 1.692),
 }
 BIG = "kimi-linear-48b-a3b"
+SMALL = {"llama-800k": (16, 2, 64, 176), "llama-2m": (16, 3, 96, 256)}  # decoder layers, heads, width, d_ff
 
 
 def build(name, **overrides):
@@ -53,7 +54,7 @@ def readme_row(name):
 
 
 def test_every_backbone_comes_in_every_variant():
-    backbones = [*PAPER, BIG, "tiny"]
+    backbones = [*PAPER, *SMALL, BIG, "tiny"]
     assert sorted(list_presets()) == sorted(f"{name}-{variant}" for name in backbones for variant in VARIANTS)
 
 
@@ -70,6 +71,19 @@ def test_scaling_law_models_have_the_papers_shape_and_activated_parameters(backb
     if variant == "block":
         assert readme_row(backbone)[:5] == [str(cell) for cell in (layers, heads, width, expert_width, 512)]
         assert readme_row(backbone)[5:7] == [f"{activated / 1e6:.1f}M", f"{total / 1e9:.2f}B"]
+
+
+@pytest.mark.parametrize("backbone", SMALL)
+def test_small_models_are_as_the_readme_says(backbone):
+    model = build(f"{backbone}-block")
+    config = model.config.get_text_config()
+    shape = (config.num_hidden_layers, config.num_attention_heads, config.hidden_size, config.intermediate_size)
+    assert shape == SMALL[backbone]
+    assert model.config.block_boundaries == list(range(0, 32, 4))
+    prenorm = build(f"{backbone}-prenorm")
+    total = sum(parameter.numel() for parameter in prenorm.model.layers.parameters()) + config.hidden_size
+    assert readme_row(backbone)[:6] == [*(str(cell) for cell in shape), "dense", f"{total / 1e6:.2f}M"]
+    assert readme_row(backbone)[6] == f"{total / 1e6:.2f}M"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,0 +1,192 @@
+"""Fine-tunes a converted model on plain text: LoRA with the depth queries, the queries alone, or everything.
+
+    attnres-convert path/to/model my-attnres-model --num-blocks 8
+    python examples/finetune.py --model my-attnres-model --text path/to/texts --output build/finetune
+
+Writes `metrics.jsonl` (every logged record), `loss.png` and `model/` to the output folder, and prints the loss on
+held-out text before and after. With `--resume` it goes on from its last checkpoint, bit for bit. A PreNorm model is
+accepted too: with the same arguments it sees the same blocks in the same order, so the two can be compared.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_attnres import AttnResForCausalLM, attnres_lora_config
+from modeling_attnres.training import DEFAULT_QUERY_LR, JsonlMetrics, attnres_optimizer, plot_metrics, read_metrics
+
+
+DEFAULT_LR = {"lora": 2e-4, "queries": DEFAULT_QUERY_LR, "full": 2e-5}
+HELD_OUT = 0.05  # the share at the end of every text that is not trained on
+
+
+def read_texts(path: Path) -> list[str]:
+    """The text of a file, or of every `*.txt` below a folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    if not any(texts):
+        raise ValueError(f"`--text` must be a text file or a folder of *.txt files, got {path}.")
+    return texts
+
+
+def pack(token_ids: list[list[int]], block_size: int) -> Dataset:
+    """Texts end to end, cut into blocks of `block_size` tokens; the last, short block is dropped."""
+    stream = [token for text in token_ids for token in text]
+    blocks = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def load_blocks(tokenizer, arguments) -> DatasetDict:
+    """Packed blocks: `train`, and `held_out` (spread evenly over the texts' ends, at most `--eval-blocks`).
+
+    Raises:
+        ValueError: if the text is too short for one block of each.
+    """
+    texts = Dataset.from_dict({"text": read_texts(arguments.text)})
+    texts = texts.map(lambda batch: {"ids": tokenizer(batch["text"]).input_ids}, batched=True, desc="Tokenizing")
+    train, held_out = [], []
+    for ids in texts["ids"]:
+        ids = [*ids, tokenizer.eos_token_id]
+        split = len(ids) - round(HELD_OUT * len(ids))
+        train.append(ids[:split])
+        held_out.append(ids[split:])
+    blocks = DatasetDict(train=pack(train, arguments.block_size), held_out=pack(held_out, arguments.block_size))
+    if not all(len(part) for part in blocks.values()):
+        tokens = {"train": sum(map(len, train)), "held-out": sum(map(len, held_out))}
+        raise ValueError(f"`--text` must fill blocks of {arguments.block_size} tokens, got {tokens} tokens.")
+    count = len(blocks["held_out"])
+    kept = min(count, arguments.eval_blocks)
+    blocks["held_out"] = blocks["held_out"].select([index * count // kept for index in range(kept)])
+    return blocks
+
+
+def load_model(arguments):
+    """The model, with what `--train` names trainable.
+
+    Raises:
+        ValueError: if the queries of a model without depth attention are to be trained.
+    """
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32")
+    is_attnres = isinstance(model, AttnResForCausalLM)
+    if arguments.train == "queries":
+        if not is_attnres:
+            raise ValueError(f"`--train queries` needs a converted model, got a '{model.config.model_type}' model.")
+        model.requires_grad_(False)
+        model.model.depth_attention.requires_grad_(True)
+    elif arguments.train == "lora":
+        settings = {"r": arguments.lora_rank, "lora_alpha": 2 * arguments.lora_rank, "task_type": "CAUSAL_LM"}
+        model = get_peft_model(model, attnres_lora_config(**settings) if is_attnres else LoraConfig(**settings))
+    return model
+
+
+def training_arguments(arguments) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(arguments.output / "checkpoints"),
+        max_steps=arguments.steps,
+        learning_rate=DEFAULT_LR[arguments.train] if arguments.lr is None else arguments.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, arguments.steps // 20),
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.accumulation,
+        activation_checkpointing=arguments.gradient_checkpointing,
+        bf16=arguments.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # Trainer wants to be told, or refuses bf16
+        eval_strategy="steps",
+        eval_steps=arguments.eval_every,
+        save_steps=arguments.eval_every,
+        save_total_limit=2,
+        logging_steps=1,
+        seed=arguments.seed,
+        data_seed=arguments.seed,
+        report_to=[],
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a converted or a PreNorm model")
+    parser.add_argument("--text", type=Path, required=True, help="a text file, or a folder of *.txt files")
+    parser.add_argument("--output", type=Path, required=True, help="folder for metrics, checkpoints and the model")
+    parser.add_argument("--train", choices=tuple(DEFAULT_LR), default="lora", help="what learns (default: lora)")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=4, help="blocks per step and process")
+    parser.add_argument("--accumulation", type=int, default=1, help="batches per step")
+    parser.add_argument("--block-size", type=int, default=128, help="tokens per block")
+    parser.add_argument("--lr", type=float, help=f"learning rate (default: {DEFAULT_LR})")
+    parser.add_argument("--query-lr", type=float, help=f"of the depth queries (default: {DEFAULT_QUERY_LR})")
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--eval-blocks", type=int, default=64, help="held-out blocks, at most")
+    parser.add_argument("--eval-every", type=int, default=25, help="steps between evaluations and checkpoints")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[int, float]:
+    """Returns the held-out loss by the step it was taken at (in the main process)."""
+    arguments = build_parser().parse_args(argv)
+    args = training_arguments(arguments)
+    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if arguments.resume and checkpoint is None:
+        raise ValueError(f"`--resume` needs a checkpoint in {args.output_dir}, got none.")
+    if checkpoint is not None and not arguments.resume:
+        raise ValueError(f"`--output` must be a new folder, or give --resume: {checkpoint} exists.")
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    blocks = load_blocks(tokenizer, arguments)
+    set_seed(arguments.seed)  # before the adapter draws its weights
+    model = load_model(arguments)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(
+        f"{len(blocks['train'])} blocks to train on, {len(blocks['held_out'])} held out; {trained:,} parameters learn"
+    )
+    has_queries = any("depth_attention" in name for name, _ in model.named_parameters())
+    query_lr = args.learning_rate if arguments.train == "queries" else DEFAULT_QUERY_LR
+    query_lr = query_lr if arguments.query_lr is None else arguments.query_lr
+    metrics = JsonlMetrics(arguments.output / "metrics.jsonl")
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["held_out"],
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        callbacks=[metrics],
+        optimizer_cls_and_kwargs=attnres_optimizer(args, query_lr=query_lr) if has_queries else None,
+    )
+    if checkpoint is None:
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate()
+    trainer.save_model(str(arguments.output / "model"))
+
+    if not trainer.is_world_process_zero():  # the main process alone writes metrics
+        return {}
+    picture = plot_metrics(metrics.path, arguments.output / "loss.png")
+    print(f"wrote {metrics.path}, {picture} and {arguments.output / 'model'}")
+    losses = {record["step"]: record["eval_loss"] for record in read_metrics(metrics.path) if "eval_loss" in record}
+    print(f"held-out loss {losses[0]:.4f} before, {losses[arguments.steps]:.4f} after {arguments.steps} steps")
+    return losses
+
+
+if __name__ == "__main__":
+    main()

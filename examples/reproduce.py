@@ -1,0 +1,194 @@
+"""The paper's claims at a scale that a CPU trains: the runs of docs/reproduction.md, and its tables and pictures.
+
+    python examples/reproduce.py commands --text path/to/texts --output runs > runs.sh
+    xargs --arg-file runs.sh --delimiter '\\n' --max-procs 2 -I{} sh -c {}
+    python examples/reproduce.py report --output runs --report docs/reproduction
+
+`commands` prints one call of pretrain.py per run that is not finished; `report` reads what is.
+"""
+
+import argparse
+import csv
+import json
+import math
+import shlex
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from modeling_attnres.training import read_metrics
+
+
+VARIANTS = ("prenorm", "block", "full")
+SEEDS = (0, 1, 2)
+STEPS = 400
+
+# name -> arguments of pretrain.py, and the paper's validation loss at 436M (Table 4)
+ABLATIONS = {
+    "static": ("llama-800k-full", "depth_attention_type=static", 1.749),
+    "sigmoid": ("llama-800k-full", "depth_attention_type=sigmoid", 1.741),
+    "no-key-norm": ("llama-800k-full", "depth_attention_type=no_key_norm", 1.743),
+    "sliding-window": ("llama-800k-full", "depth_attention_type=sliding_window", 1.764),
+    "input-dependent": ("llama-800k-full", "depth_attention_type=input_dependent", 1.731),
+    "block-s4-heads16": ("llama-800k-block", "depth_attention_type=multi_head", 1.752),
+    "block-s4-no-key-norm": ("llama-800k-block", "depth_attention_type=no_key_norm", 1.750),
+    "block-s2": ("llama-800k-block", "sublayers_per_block=2", 1.746),
+    "block-s8": ("llama-800k-block", "sublayers_per_block=8", 1.748),
+    "block-s16": ("llama-800k-block", "sublayers_per_block=16", 1.753),
+    "block-s32": ("llama-800k-block", "sublayers_per_block=32", 1.757),
+}
+PAPER = {"prenorm": 1.766, "full": 1.737, "block": 1.746}
+NARROW = json.dumps(
+    {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 1, "num_key_value_heads": 1},
+    separators=(",", ":"),
+)
+# Sizes of the power-law fit: name -> (preset, overrides)
+SIZES = {"200k": ("llama-800k", f"text_config={NARROW}"), "800k": ("llama-800k", ""), "2m": ("llama-2m", "")}
+
+
+def runs() -> dict[str, tuple[str, str, int]]:
+    """Every run's folder, preset, override and seed."""
+    found = {f"small/{name}-{seed}": (f"llama-800k-{name}", "", seed) for seed in SEEDS for name in VARIANTS}
+    found |= {f"ablation/{name}-0": (preset, override, 0) for name, (preset, override, _) in ABLATIONS.items()}
+    for size, (preset, override) in SIZES.items():
+        if size != "800k":  # among the first ones
+            found |= {f"sizes/{size}-{name}-0": (f"{preset}-{name}", override, 0) for name in VARIANTS}
+    return found
+
+
+def print_commands(text: Path, output: Path, steps: int):
+    script = Path(__file__).with_name("pretrain.py")
+    for name, (preset, override, seed) in runs().items():
+        if not (output / name / "summary.json").exists():
+            command = ["python", str(script), "--preset", preset, "--seed", str(seed), "--steps", str(steps)]
+            command += ["--text", str(text), "--output", str(output / name)]
+            command += ["--eval-steps", "200", "--save-steps", str(steps)]
+            print(shlex.join([*command, *(["--set", override] if override else [])]))
+
+
+def read_summary(output: Path, name: str) -> dict | None:
+    path = output / name / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def loss_of(output: Path, name: str) -> float:
+    """The held-out loss of a finished run, NaN of another."""
+    summary = read_summary(output, name)
+    return summary["held_out_loss"] if summary else math.nan
+
+
+def seeds_table(output: Path) -> list[dict]:
+    """Mean and spread over seeds, and the paired difference from PreNorm: same seed, weights, batches and steps."""
+    losses = {name: [loss_of(output, f"small/{name}-{seed}") for seed in SEEDS] for name in VARIANTS}
+    rows = []
+    for name, values in losses.items():
+        differences = [value - base for value, base in zip(values, losses["prenorm"])]
+        row = {"variant": name, **{f"seed {seed}": value for seed, value in zip(SEEDS, values)}}
+        row |= {"mean": statistics.fmean(values), "standard deviation": statistics.stdev(values)}
+        row |= {"difference": statistics.fmean(differences), "its standard deviation": statistics.stdev(differences)}
+        rows.append(row)
+    return rows
+
+
+def ablation_table(output: Path) -> list[dict]:
+    names = [(name, f"small/{name}-0", loss) for name, loss in PAPER.items()]
+    names += [(name, f"ablation/{name}-0", loss) for name, (_, _, loss) in ABLATIONS.items()]
+    base = loss_of(output, "small/prenorm-0")
+    return [
+        {
+            "variant": name,
+            "held-out loss": loss_of(output, folder),
+            "difference from PreNorm": loss_of(output, folder) - base,
+            "paper": paper,
+            "paper's difference": paper - PAPER["prenorm"],
+        }
+        for name, folder, paper in names
+    ]
+
+
+def sizes_table(output: Path) -> tuple[list[dict], dict[str, tuple[float, float]]]:
+    """Loss by training compute `6 * parameters * tokens`, and per variant the fit `loss = a * PFLOP^b`."""
+    rows, fits = [], {}
+    for name in VARIANTS:
+        for size in SIZES:
+            folder = f"small/{name}-0" if size == "800k" else f"sizes/{size}-{name}-0"
+            if summary := read_summary(output, folder):
+                compute = 6 * summary["parameters"] * summary["training_tokens"] / 1e15
+                rows.append(
+                    {"variant": name, "size": size, "PFLOP": compute, "held-out loss": summary["held_out_loss"]}
+                )
+        points = [(row["PFLOP"], row["held-out loss"]) for row in rows if row["variant"] == name]
+        if len(points) > 1:
+            slope, offset = np.polyfit(*np.log(np.array(points)).T, 1)
+            fits[name] = (float(np.exp(offset)), float(slope))
+    return rows, fits
+
+
+def draw(output: Path, sizes: list[dict], fits: dict[str, tuple[float, float]], path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (curves, scaling) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for index, name in enumerate(VARIANTS):
+        logged = [read_metrics(output / f"small/{name}-{seed}" / "metrics.jsonl") for seed in SEEDS]
+        steps = [record["step"] for record in logged[0] if "loss" in record]
+        losses = np.array([[record["loss"] for record in records if "loss" in record] for records in logged])
+        curves.plot(steps, losses.mean(0), color=f"C{index}", label=name)
+        curves.fill_between(steps, losses.min(0), losses.max(0), color=f"C{index}", alpha=0.2)
+        points = [(row["PFLOP"], row["held-out loss"]) for row in sizes if row["variant"] == name]
+        scaling.scatter(*zip(*points), color=f"C{index}")
+        if name in fits:
+            a, b = fits[name]
+            line = np.geomspace(min(points)[0], max(points)[0])
+            scaling.plot(line, a * line**b, color=f"C{index}", label=f"{name}: {a:.2f} $C^{{{b:.3f}}}$")
+    curves.set(xlabel="step", ylabel="training loss", title=f"{len(SEEDS)} seeds: mean and range")
+    scaling.set(xlabel="training compute, PFLOP", ylabel="held-out loss", xscale="log", yscale="log")
+    curves.legend()
+    scaling.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_table(rows: list[dict], path: Path):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        cells = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()]
+        print("| " + " | ".join(cells) + " |")
+    print()
+
+
+def report(output: Path, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes, fits = sizes_table(output)
+    write_table(seeds_table(output), folder / "seeds.csv")
+    write_table(ablation_table(output), folder / "ablation.csv")
+    write_table(sizes, folder / "sizes.csv")
+    draw(output, sizes, fits, folder / "losses.png")
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["commands", "report"])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--text", type=Path, help="folder of *.txt files, for `commands`")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--report", type=Path, help="folder for tables and pictures, for `report`")
+    args = parser.parse_args(argv)
+    needed = "text" if args.action == "commands" else "report"
+    if getattr(args, needed) is None:
+        parser.error(f"`{args.action}` needs --{needed}")
+    if args.action == "commands":
+        print_commands(args.text, args.output, args.steps)
+    else:
+        report(args.output, args.report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A decoder layer whose residual adds attend over depth, and the loop over such layers.
+
+Letters: B batch, T tokens, D hidden size, S sublayers per block, n sources of a mix.
+"""
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .backbone_attnres import LAYER_ARGUMENTS, LayerPlan, layer_attention_mask
+from .depth_attention_attnres import DepthRead, DepthStream
+
+
+class AttnResDecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer of the backbone (its submodules, under their own names) whose residual adds attend over depth.
+
+    Args:
+        layer: the backbone's decoder layer.
+        plan: which child plays which part, as found by probing.
+        layer_idx: index of the decoder layer; it holds sublayers `2 * layer_idx` and `2 * layer_idx + 1`.
+        sublayers_per_block: S.
+        form: how a mix over depth is computed, from [`build_depth_attention`].
+    """
+
+    def __init__(self, layer: nn.Module, plan: LayerPlan, layer_idx: int, sublayers_per_block: int, form):
+        super().__init__()
+        for name in (plan.mixer_norm, plan.mixer, plan.feed_forward_norm, plan.feed_forward):
+            self.add_module(name, getattr(layer, name))
+        self.plan = plan
+        # Most token mixers take every argument of their layer under its own name.
+        self.passes_all = plan.passes_kwargs and plan.mixer_arguments == {name: name for name in LAYER_ARGUMENTS}
+        self.form = form
+        self.mixer_starts_block = 2 * layer_idx % sublayers_per_block == 0
+        self.feed_forward_starts_block = (2 * layer_idx + 1) % sublayers_per_block == 0
+
+    def forward(
+        self,
+        norm_floor: torch.Tensor,
+        *tensors: torch.Tensor,
+        reads: tuple[DepthRead, DepthRead] | None = None,
+        num_sources: int = 0,
+        output_depth_weights: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """
+        Args:
+            norm_floor: scalar from [`DepthAttention`].
+            tensors: with `reads`, the depth state; without, the layer's two folded queries `[2, D]`, `num_sources`
+                sources `[B, T, D]` and the depth state, so that gradient checkpointing recomputes phase 1 with the
+                layer. All that carries a gradient is positional: reentrant checkpointing drops any other.
+            reads: what phase 1 found for the token mixer and the feed-forward.
+            kwargs: the backbone's keyword arguments (masks, positions, cache).
+
+        Returns:
+            The token mixer's mix `[B, T, D]`, the two mixes' weights `[B, T, n]` (or `None`), and the new depth state.
+        """
+        form, state = self.form, tensors
+        if reads is None:
+            queries, sources, state = tensors[0], tensors[1 : 1 + num_sources], tensors[1 + num_sources :]
+            reads = form.read_sources(queries, sources, norm_floor)
+        mixer_read, feed_forward_read = reads
+
+        mixer_input, mixer_logit = form.phase_two(mixer_read, norm_floor, *state)
+        output = self._mix_tokens(getattr(self, self.plan.mixer_norm)(mixer_input), kwargs)
+        # Under autocast a sublayer's output is narrower than the stream; sources are kept as wide as that.
+        state = form.advance(state, output.to(mixer_input.dtype), self.mixer_starts_block)
+
+        hidden_states, feed_forward_logit = form.phase_two(feed_forward_read, norm_floor, *state)
+        output = getattr(self, self.plan.feed_forward)(getattr(self, self.plan.feed_forward_norm)(hidden_states))
+        if isinstance(output, tuple):  # a mixture of experts that returns its routing too
+            output = output[0]
+        state = form.advance(state, output.to(mixer_input.dtype), self.feed_forward_starts_block)
+
+        weights = (None, None)
+        if output_depth_weights:
+            weights = (
+                form.mix_weights(mixer_read, mixer_logit),
+                form.mix_weights(feed_forward_read, feed_forward_logit),
+            )
+        return mixer_input, *weights, *state
+
+    def _mix_tokens(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """Calls the token mixer with the arguments its own layer would give it."""
+        if not self.passes_all:
+            arguments = {name: kwargs.get(source) for name, source in self.plan.mixer_arguments.items()}
+            if self.plan.passes_kwargs:
+                arguments.update({name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS})
+            kwargs = arguments
+        output = getattr(self, self.plan.mixer)(hidden_states, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def backbone_inputs(
+    backbone: nn.Module,
+    text_config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | dict | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> tuple[list, dict]:
+    """Every decoder layer's attention mask, and the keyword arguments that the layers share.
+
+    Args:
+        backbone: holds `rotary_emb`, if the backbone has one.
+        inputs_embeds: any hidden states `[B, T, D]`: only their shape, dtype and device count.
+    """
+    if position_ids is None:
+        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+        position_ids = position_ids.unsqueeze(0)
+    masks = attention_mask
+    if not isinstance(masks, dict):  # `generate` prepares them when the cache is static
+        masks = create_masks_for_generate(text_config, inputs_embeds, masks, past_key_values, position_ids)
+    masks = [layer_attention_mask(masks, text_config, index) for index in range(text_config.num_hidden_layers)]
+    layer_kwargs = {"position_ids": position_ids, "past_key_values": past_key_values}
+    if hasattr(backbone, "rotary_emb"):
+        layer_kwargs["position_embeddings"] = backbone.rotary_emb(inputs_embeds, position_ids=position_ids)
+    return masks, layer_kwargs
+
+
+def run_decoder_layers(
+    layers: Sequence[AttnResDecoderLayer] | Mapping[int, AttnResDecoderLayer],
+    depth: DepthStream,
+    state: tuple[torch.Tensor, ...],
+    masks: Sequence[Any],
+    training: bool,
+    wanted: Container[int] = (),
+    **layer_kwargs,
+) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """Runs the decoder layers of `depth.groups`: the loop of [`AttnResModel`], or a pipeline stage's part of it.
+
+    Args:
+        layers: the decoder layers by their index in the model.
+        state: the depth state at the first of them.
+        masks: every decoder layer's attention mask.
+        wanted: indices of the layers whose token mixer's mix is to be kept.
+        layer_kwargs: the keyword arguments that the layers share.
+
+    Returns:
+        The depth state after the last layer; per layer the token mixer's mix `[B, T, D]`, or `None` where it is not
+        wanted; per sublayer the weights `[B, T, n]`, or `None` where `output_depth_weights` does not ask for them.
+    """
+    hidden_states, depth_weights = [], []
+    for first, last in depth.groups:
+        group = range(first // 2, last // 2)
+        recompute = training and any(layers[index].gradient_checkpointing for index in group)
+        reads = None if recompute else depth.read(first, last)
+        for index in group:
+            depth_inputs, depth_kwargs = _layer_reads(depth, reads, index, first)
+            mix, *weights_and_state = layers[index](
+                depth.norm_floor, *depth_inputs, *state, **depth_kwargs, attention_mask=masks[index], **layer_kwargs
+            )
+            state = tuple(weights_and_state[2:])
+            hidden_states.append(mix if index in wanted else None)  # a mix not asked for is freed here
+            depth_weights += weights_and_state[:2]
+        state = depth.close(state, next_sublayer=last)
+    return state, hidden_states, depth_weights
+
+
+def _layer_reads(depth: DepthStream, reads: list[DepthRead] | None, index: int, first: int) -> tuple[tuple, dict]:
+    """Phase 1 of decoder layer `index` as its inputs: done, or as sources for a layer that recomputes it."""
+    sublayer = 2 * index
+    if reads is None:
+        return (depth.queries[sublayer : sublayer + 2], *depth.sources), {"num_sources": len(depth.sources)}
+    return (), {"reads": reads[sublayer - first : sublayer - first + 2]}

@@ -1,0 +1,61 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""State dicts under the names of a checkpoint's files, for whoever loads one into a model that exists already."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+
+@torch.no_grad()
+def to_model_names(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Brings a state dict from the names that `save_pretrained` writes to the model's own.
+
+    `from_pretrained` does so by itself, but `Trainer` resumes by reading a checkpoint's file and calling
+    `load_state_dict` with `strict=False`: names that do not fit are passed over, and training would go on from the
+    wrong weights without an error.
+
+    Args:
+        model: names tensors as they are in memory.
+        state_dict: under its names, those of its files (experts apart, for example), or both.
+
+    Returns:
+        `state_dict` itself if it fits; else one under the model's names. What is unknown keeps its name.
+    """
+    own = model.state_dict().keys()
+    if state_dict.keys() <= own:
+        return state_dict
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    result, merged = {}, {}
+    for key, tensor in sorted(state_dict.items(), key=lambda item: dot_natural_key(item[0])):  # experts in order
+        name, pattern = rename_source_key(key, renamings, converters)
+        if key in own or name not in own:
+            result[key] = tensor
+        elif pattern is None:
+            result[name] = tensor
+        else:
+            converter = merged.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+            converter.add_tensor(name, key, pattern, tensor)
+    for name, converter in merged.items():
+        for target, value in converter.convert(name, model=model, config=model.config).items():
+            result[target] = value[0] if isinstance(value, list) else value
+    return result
