@@ -20,15 +20,18 @@ from typing import Any
 
 from modeling_attnres.configuration import list_presets, load_preset
 
+from .layout import CACHING
 from .plan import (
     BYTES,
-    CACHING,
     DepthShape,
     Hardware,
     pipeline_transitions,
     predict_overhead,
     summary_memory,
 )
+
+
+KEPT = tuple(reversed(CACHING))  # from nothing to everything
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,12 +101,12 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     if ranks * virtual != 1:
         tensor = shape.hidden_size * tokens * BYTES[dtype]
         figures["pipeline"] = {"prenorm": {"total": (ranks * virtual - 1) * tensor, "peak": tensor}}
-        for caching in CACHING:
+        for caching in KEPT:
             sent = [step.tensors * tensor for step in pipeline_transitions(shape, ranks, virtual, caching)]
             figures["pipeline"][caching] = {"total": sum(sent), "peak": max(sent), "transitions": sent}
     if (hardware := _hardware(arguments)) is not None:
         figures["overhead"] = {}
-        for caching in CACHING if ranks * virtual != 1 else CACHING[:1]:
+        for caching in KEPT if ranks * virtual != 1 else KEPT[:1]:
             transitions = pipeline_transitions(shape, ranks, virtual, caching)
             overhead = predict_overhead(
                 shape, hardware, arguments.activated_parameters * 1e9, tokens, transitions, dtype

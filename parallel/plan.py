@@ -25,8 +25,9 @@ those that it produced itself (`"all"`).
 import math
 from dataclasses import dataclass
 
+from .layout import CACHING, PipelineLayout, formula_summaries, stage_boundaries
 
-CACHING = ("none", "received", "all")
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -106,13 +107,7 @@ def pipeline_elements_per_token(
         num_ranks=num_ranks, virtual_stages=virtual_stages, blocks_per_stage=blocks_per_stage, hidden_size=hidden_size
     )
     _check_caching(caching)
-    num_stages = num_ranks * virtual_stages
-    if caching == "none":
-        blocks = num_stages * (num_stages - 1) // 2
-    else:
-        lacking = num_ranks if caching == "received" else num_ranks - 1
-        blocks = num_ranks * (num_ranks - 1) // 2 + (virtual_stages - 1) * num_ranks * lacking
-    return blocks * blocks_per_stage * hidden_size
+    return formula_summaries(num_ranks, virtual_stages, blocks_per_stage, caching) * hidden_size
 
 
 def peak_elements_per_token(
@@ -163,41 +158,17 @@ def pipeline_transitions(
         ValueError: if there are more stages than decoder layers, or `splits` do not cut the layers into C stages.
     """
     check_positive(num_ranks=num_ranks, virtual_stages=virtual_stages)
-    _check_caching(caching)
-    begins = _first_layers(shape.num_layers, num_ranks * virtual_stages, splits)
-
-    def finished(stage: int) -> int:
-        return 1 + 2 * begins[stage] // shape.sublayers_per_block
-
-    def held(stage: int) -> int:
-        previous = stage - num_ranks  # the virtual stage that its rank ran before
-        if previous < 0 or caching == "none":
-            return 0
-        return finished(previous if caching == "received" else previous + 1)
-
-    transitions = []
-    for stage in range(1, len(begins)):
-        block_is_open = 2 * begins[stage] % shape.sublayers_per_block != 0
-        state = block_is_open + (shape.depth_weights == "sum")
-        transitions.append(Transition(stage, finished(stage) - held(stage), state))
-    return transitions
-
-
-def _first_layers(num_layers: int, num_stages: int, splits: list[int] | None) -> list[int]:
-    if num_stages > num_layers:
-        raise ValueError(
-            f"{num_stages} stages (`num_ranks` x `virtual_stages`) need as many decoder layers, and there are "
-            f"{num_layers}."
-        )
-    if splits is None:
-        shortest, longer = divmod(num_layers, num_stages)
-        return [stage * shortest + min(stage, longer) for stage in range(num_stages)]
-    begins = [0, *splits]
-    if len(begins) != num_stages or sorted({*begins, num_layers}) != [*begins, num_layers]:
-        raise ValueError(
-            f"`splits` must be {num_stages - 1} increasing indices from 1 to {num_layers - 1}, got {list(splits)}."
-        )
-    return begins
+    layout = PipelineLayout(
+        stage_boundaries(shape.num_layers, num_ranks * virtual_stages, splits),
+        num_ranks,
+        shape.sublayers_per_block,
+        has_stream=shape.depth_weights == "sum",
+        caching=caching,
+    )
+    return [
+        Transition(stage, len(layout.received_sources(stage)), layout.state_tensors(stage))
+        for stage in range(1, layout.num_stages)
+    ]
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------

@@ -181,10 +181,10 @@ class WholeOutputs(TensorParallelLayer):
             return None if value is None else gather_tokens(value, mesh, num_tokens)
 
         def forward(*args, return_dict: bool | None = None, **kwargs):
+            output = original_forward(*args, return_dict=True, **kwargs)
             inputs = signature.bind(*args, **kwargs).arguments
             given = inputs.get("input_ids")
             num_tokens = (inputs["inputs_embeds"] if given is None else given).shape[1]
-            output = original_forward(*args, return_dict=True, **kwargs)
             for name in sorted(SHARDED_OUTPUTS & output.keys()):
                 output[name] = gather(output[name], num_tokens)
             return output.to_tuple() if return_dict is False else output

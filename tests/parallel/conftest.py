@@ -21,14 +21,30 @@ def ranks(tmp_path_factory) -> dict[str, list[dict]]:
         if not folder.exists():
             folder.mkdir()
             run(folder)
+    return load(folder)
+
+
+def run(folder: Path, *names: str):
+    """Runs the fast scenarios, or those that are named."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), str(folder), *names]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
+
+
+def load(folder: Path) -> dict[str, list[dict]]:
     found = {}
     for file in sorted(folder.glob("*.found.pt")):  # scenario.rank.found.pt
         found.setdefault(file.name.split(".")[0], []).append(torch.load(file))
     return found
 
 
-def run(folder: Path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(Path(__file__).parent / "ranks.py"), str(folder)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
+@pytest.fixture
+def run_ranks(tmp_path):
+    """A function that runs slow scenarios by name."""
+
+    def run_and_load(*names: str) -> dict[str, list[dict]]:
+        run(tmp_path, *names)
+        return load(tmp_path)
+
+    return run_and_load

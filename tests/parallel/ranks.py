@@ -12,22 +12,27 @@ from pathlib import Path
 import torch
 
 
-def main(folder: Path):
-    """Runs every scenario, a function and a number of ranks, after the other; stops at a rank that fails or hangs."""
+def main(folder: Path, *names: str):
+    """Runs the named scenarios, by default the fast ones, one after the other; stops at a rank that fails or hangs.
+
+    A scenario is a function of the folder that rank by rank returns what it found, and a number of ranks.
+    """
     import data_parallel_ranks
     import tensor_parallel_ranks
     import two_devices
 
     torch.set_num_threads(1)
-    for module in (two_devices, tensor_parallel_ranks, data_parallel_ranks):
-        for function, world_size in module.SCENARIOS:
-            exit_codes = fork_ranks(function, world_size, folder)
-            wanted = [getattr(function, "exit_codes", {}).get(rank, 0) for rank in range(world_size)]
-            if exit_codes != wanted:
-                sys.exit(f"{function.__name__}: the ranks ended with {exit_codes}")
+    scenarios = [*two_devices.SCENARIOS, *tensor_parallel_ranks.SCENARIOS, *data_parallel_ranks.SCENARIOS]
+    if names:
+        scenarios = [scenario for scenario in tensor_parallel_ranks.SLOW_SCENARIOS if scenario[0].__name__ in names]
+    for function, world_size in scenarios:
+        exit_codes = fork_ranks(function, world_size, folder)
+        wanted = [getattr(function, "exit_codes", {}).get(rank, 0) for rank in range(world_size)]
+        if exit_codes != wanted:
+            sys.exit(f"{function.__name__}: the ranks ended with {exit_codes}")
 
 
-def fork_ranks(function: Callable[[Path], dict], world_size: int, folder: Path, timeout: int = 100) -> list[int]:
+def fork_ranks(function: Callable[[Path], dict], world_size: int, folder: Path, timeout: int = 150) -> list[int]:
     """Exit codes of the ranks; `None` for one that had to be killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -63,4 +68,4 @@ def _run_rank(function, rank, world_size, port, folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -174,7 +174,10 @@ def test_the_large_preset():
         (lambda: DepthShape(4, 4, 2, "max"), "`depth_weights` must be 'mean' or 'sum', got 'max'"),
         (lambda: pipeline_elements_per_token(0, 1, 1, 1), "`num_ranks` must be positive, got 0"),
         (lambda: peak_elements_per_token(2, 1, 1, 1, "some"), "`caching` must be one of .* got 'some'"),
-        (lambda: pipeline_transitions(DepthShape(4, 4, 2), 3, 2), "6 stages .* need as many decoder layers.* 4"),
+        (
+            lambda: pipeline_transitions(DepthShape(4, 4, 2), 3, 2),
+            "pipeline of 6 stages .* needs as many decoder layers.* 4",
+        ),
         (
             lambda: pipeline_transitions(DepthShape(4, 4, 2), 3, splits=[2, 2]),
             "`splits` must be 2 increasing .* [2, 2]",

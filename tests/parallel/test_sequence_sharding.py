@@ -3,11 +3,14 @@
 import re
 
 import pytest
-from tensor_parallel_ranks import CASES, SAVED, TOKENS
+import torch
+from tensor_parallel_ranks import CASES, SAVED, SLOW_CASES, TOKENS
 from tiny_backbones import NUM_SUBLAYERS, tiny_config
+from torch import nn
 
 from modeling_attnres import AttnResModel
 from modeling_attnres.parallel import sequence_parallel_plan
+from modeling_attnres.parallel.sequence_sharding import STYLES
 
 
 # fp32: products are summed over ranks in another order than in one process.
@@ -38,6 +41,14 @@ def test_tensor_parallel_is_one_process(found, case):
 def test_sharded_sequence_is_one_process(found, case):
     for rank in found["sharded"]:
         assert_same(rank[case])
+
+
+@pytest.mark.slow
+def test_every_backbone_with_a_plan(run_ranks):
+    for rank in run_ranks("every_backbone")["every_backbone"]:
+        assert list(rank) == list(SLOW_CASES)
+        for case in rank.values():
+            assert_same(case)
 
 
 def test_four_ranks(ranks):
@@ -148,3 +159,15 @@ def test_backbones_without_a_plan_are_refused():
 def test_a_plan_needs_a_head():
     with pytest.raises(ValueError, match=r"`model_class` must be one with a head.*got AttnResModel"):
         sequence_parallel_plan(tiny_config("llama"), AttnResModel)
+
+
+def test_a_plan_that_rules_the_same_modules_is_refused():
+    config = tiny_config("llama")
+    config.text_config.base_model_tp_plan = {"layers.*.input_layernorm": "sequence_parallel"}
+    with pytest.raises(ValueError, match=r"rules of its own for model\.backbone\.layers\.\*\.input_layernorm"):
+        sequence_parallel_plan(config)
+
+
+def test_a_last_projection_of_flattened_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"to take `\[B, T, F\]`, got \[26, 4\] at a Linear"):
+        STYLES["attnres_rowwise_scatter"].transform_inputs_pre_forward(nn.Linear(4, 4), (torch.ones(26, 4),), {}, None)
