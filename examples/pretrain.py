@@ -91,7 +91,7 @@ def parse_overrides(pairs: list[str]) -> dict:
     return overrides
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", required=True, choices=list_presets(), metavar="NAME")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="overrides")
@@ -109,7 +109,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--resume", action="store_true")
-    return parser.parse_args(argv)
+    return parser
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
@@ -139,7 +139,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse_arguments(argv)
+    args = build_parser().parse_args(argv)
     overrides = parse_overrides(args.overrides)
     checkpoint = get_last_checkpoint(str(args.output)) if args.resume and args.output.is_dir() else None
     if args.resume and checkpoint is None:

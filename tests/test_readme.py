@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -69,6 +70,14 @@ def test_every_shown_command_exists():
         # `attnres-eval run` hands what it does not know itself to lm-eval.
         assert vars(parsed)
         assert unknown in ([], ["--tasks", "attnres_offline"])
+
+
+def test_shown_examples_take_their_arguments(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    commands = re.findall(r"`python examples/(pretrain|finetune)\.py ([^`]+)`", README)
+    assert {name for name, _ in commands} == {"pretrain", "finetune"}
+    for name, arguments in commands:
+        assert import_module(name).build_parser().parse_args(shlex.split(arguments)).output
 
 
 def test_make_runs_the_commands_spelled_out_in_the_readme():

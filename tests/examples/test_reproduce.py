@@ -37,7 +37,7 @@ def test_commands_are_calls_of_pretrain_for_what_is_missing(tmp_path, capsys):
     outputs = set()
     for _python, script, *arguments in commands:
         assert Path(script).name == "pretrain.py"
-        args = pretrain.parse_arguments(arguments)
+        args = pretrain.build_parser().parse_args(arguments)
         assert str(args.text) == "some texts"
         outputs.add(args.output.relative_to(tmp_path).as_posix())
         load_preset(args.preset, **pretrain.parse_overrides(args.overrides))
