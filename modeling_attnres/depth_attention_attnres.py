@@ -183,9 +183,7 @@ class MeanWeights:
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[n, ...]` scores to the weights `[n, ...]` of the sources and the scores' log-sum-exp `[...]`."""
-        # One pass for both: `logsumexp` costs five calls, which is what a decode step is made of.
-        log_weights = torch.log_softmax(scores, dim=0)
-        return log_weights.exp(), scores[0] - log_weights[0]
+        return torch.softmax(scores, dim=0), torch.logsumexp(scores, dim=0)
 
     @staticmethod
     def one_source(source: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
