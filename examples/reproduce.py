@@ -119,7 +119,7 @@ def sizes_table(output: Path) -> tuple[list[dict], dict[str, tuple[float, float]
                     {"variant": name, "size": size, "PFLOP": compute, "held-out loss": summary["held_out_loss"]}
                 )
         points = [(row["PFLOP"], row["held-out loss"]) for row in rows if row["variant"] == name]
-        if len(points) > 1:
+        if len(points) == len(SIZES):
             slope, offset = np.polyfit(*np.log(np.array(points)).T, 1)
             fits[name] = (float(np.exp(offset)), float(slope))
     return rows, fits

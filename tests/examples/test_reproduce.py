@@ -50,8 +50,9 @@ def test_the_report_compares_runs_of_the_same_seed(tmp_path):
         for seed, loss in enumerate(values):
             finish(tmp_path / "small" / f"{name}-{seed}", loss)
     finish(tmp_path / "ablation" / "static-0", 1.95)
-    for variant, loss in (("prenorm", 4.0), ("block", 3.0)):
-        finish(tmp_path / "sizes" / f"200k-{variant}-0", loss, parameters=250)
+    finish(tmp_path / "sizes" / "200k-prenorm-0", 4.0, parameters=250)
+    finish(tmp_path / "sizes" / "2m-prenorm-0", 1.0, parameters=4000)
+    finish(tmp_path / "sizes" / "200k-block-0", 3.0, parameters=250)
     reproduce.main(["report", "--output", str(tmp_path), "--report", str(tmp_path / "report")])
 
     block = table(tmp_path / "report" / "seeds.csv")["block"]
@@ -64,6 +65,7 @@ def test_the_report_compares_runs_of_the_same_seed(tmp_path):
     assert math.isnan(float(ablation["sigmoid"]["held-out loss"]))  # was not run
     assert (tmp_path / "report" / "losses.png").read_bytes().startswith(b"\x89PNG")
     _, fits = reproduce.sizes_table(tmp_path)
+    assert set(fits) == {"prenorm"}  # the others have not run at every size
     # A quarter of the parameters and twice the loss: an exponent of -1/2, through the loss at 6 PFLOP... of 1000.
     scale, exponent = fits["prenorm"]
     assert exponent == pytest.approx(-0.5)
