@@ -139,13 +139,16 @@ def draw(output: Path, sizes: list[dict], fits: dict[str, tuple[float, float]], 
         curves.plot(steps, losses.mean(0), color=f"C{index}", label=name)
         curves.fill_between(steps, losses.min(0), losses.max(0), color=f"C{index}", alpha=0.2)
         points = [(row["PFLOP"], row["held-out loss"]) for row in sizes if row["variant"] == name]
-        scaling.scatter(*zip(*points), color=f"C{index}")
+        label = name
         if name in fits:
             a, b = fits[name]
             line = np.geomspace(min(points)[0], max(points)[0])
-            scaling.plot(line, a * line**b, color=f"C{index}", label=f"{name}: {a:.2f} $C^{{{b:.3f}}}$")
+            scaling.plot(line, a * line**b, color=f"C{index}")
+            label = f"{name}: {a:.2f} $C^{{{b:.3f}}}$"
+        scaling.scatter(*zip(*points), color=f"C{index}", label=label)
     curves.set(xlabel="step", ylabel="training loss", title=f"{len(SEEDS)} seeds: mean and range")
     scaling.set(xlabel="training compute, PFLOP", ylabel="held-out loss", xscale="log", yscale="log")
+    scaling.yaxis.set_minor_formatter("{x:.2f}")
     curves.legend()
     scaling.legend()
     figure.savefig(path, dpi=110)
