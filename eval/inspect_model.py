@@ -64,10 +64,17 @@ def read_sequences(tokenizer, path: Path, sequences: int, tokens: int) -> torch.
 
 
 def inspect_model(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[LayerDynamics, torch.Tensor | None]:
-    """The model's dynamics on `input_ids` `[B, T]`, and its mean depth weights `[L + 1, N + 1]` if it is an AttnRes."""
+    """The model's dynamics on `input_ids` `[B, T]`, and its mean depth weights `[L + 1, N + 1]` if it is an AttnRes.
+
+    The model's mode is left as it was.
+    """
     dynamics = measure_dynamics(model, input_ids)
-    is_attnres = model.config.model_type == AttnResConfig.model_type
-    return dynamics, mean_depth_weights(model.eval(), input_ids) if is_attnres else None
+    if model.config.model_type != AttnResConfig.model_type:
+        return dynamics, None
+    training = model.training
+    matrix = mean_depth_weights(model.eval(), input_ids)
+    model.train(training)
+    return dynamics, matrix
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -305,6 +305,11 @@ FORMS = {"mean": MeanWeights, "sum": SumWeights}
 # --- The module ------------------------------------------------------------------------------------------------------
 
 
+def init_query(query: torch.Tensor, std: float):
+    """Zeros for `std=0`, without drawing from the random generator; leaves weights that were loaded alone."""
+    init.normal_(query, mean=0.0, std=std) if std > 0 else init.zeros_(query)
+
+
 class DepthAttention(nn.Module):
     """Owns the pseudo-queries and key norms of the whole model.
 
@@ -325,7 +330,7 @@ class DepthAttention(nn.Module):
 
     def init_weights(self, query_std: float):
         """Zero queries for `query_std=0` (the paper), key norms of ones; leaves weights that were loaded alone."""
-        init.normal_(self.query, mean=0.0, std=query_std) if query_std > 0 else init.zeros_(self.query)
+        init_query(self.query, query_std)
         init.ones_(self.key_norm)
 
     def forward(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ from transformers import initialization as init
 
 from .block_summaries_attnres import accumulation_dtype, norm_with_floor, without_autocast
 from .configuration_attnres import AttnResConfig
-from .depth_attention_attnres import FORMS, DepthAttention, DepthStream, MeanWeights
+from .depth_attention_attnres import FORMS, DepthAttention, DepthStream, MeanWeights, init_query
 
 
 # --- Parameters ------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ class UnnormedDepthAttention(DepthAttention):
         self.query = nn.Parameter(torch.zeros(config.num_sublayers, config.text_config.hidden_size))
 
     def init_weights(self, query_std: float):
-        init.normal_(self.query, mean=0.0, std=query_std) if query_std > 0 else init.zeros_(self.query)
+        init_query(self.query, query_std)
 
     def forward(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the queries `[L + 1, D]`, row l for sublayer l, and a floor that nothing reads."""
@@ -88,8 +88,7 @@ class InputDependentDepthAttention(DepthAttention):
         self.key_norm = nn.Parameter(torch.ones(num_sublayers, hidden_size))
 
     def init_weights(self, query_std: float):
-        projection = self.query_projection
-        init.normal_(projection, mean=0.0, std=query_std) if query_std > 0 else init.zeros_(projection)
+        init_query(self.query_projection, query_std)
         init.ones_(self.key_norm)
 
     def forward(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

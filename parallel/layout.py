@@ -24,6 +24,12 @@ from dataclasses import dataclass
 CACHING = ("all", "received", "none")
 
 
+def check_caching(caching: str):
+    """Raises a `ValueError` for an unknown way of caching."""
+    if caching not in CACHING:
+        raise ValueError(f"`caching` must be one of {CACHING}, got {caching!r}.")
+
+
 @dataclass(frozen=True)
 class PipelineLayout:
     """Which decoder layers each stage runs, and which sources each stage receives, holds and hands on.
@@ -44,8 +50,7 @@ class PipelineLayout:
     caching: str = "all"
 
     def __post_init__(self):
-        if self.caching not in CACHING:
-            raise ValueError(f"`caching` must be one of {CACHING}, got {self.caching!r}.")
+        check_caching(self.caching)
 
     @property
     def num_stages(self) -> int:

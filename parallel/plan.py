@@ -25,7 +25,7 @@ those that it produced itself (`"all"`).
 import math
 from dataclasses import dataclass
 
-from .layout import CACHING, PipelineLayout, formula_summaries, stage_boundaries
+from .layout import PipelineLayout, check_caching, formula_summaries, stage_boundaries
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -78,11 +78,6 @@ def check_positive(**values: float):
             raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
-def _check_caching(caching: str):
-    if caching not in CACHING:
-        raise ValueError(f"`caching` must be one of {CACHING}, got {caching!r}.")
-
-
 # --- Pipeline parallelism --------------------------------------------------------------------------------------------
 
 
@@ -106,7 +101,7 @@ def pipeline_elements_per_token(
     check_positive(
         num_ranks=num_ranks, virtual_stages=virtual_stages, blocks_per_stage=blocks_per_stage, hidden_size=hidden_size
     )
-    _check_caching(caching)
+    check_caching(caching)
     return formula_summaries(num_ranks, virtual_stages, blocks_per_stage, caching) * hidden_size
 
 
@@ -117,7 +112,7 @@ def peak_elements_per_token(
     check_positive(
         num_ranks=num_ranks, virtual_stages=virtual_stages, blocks_per_stage=blocks_per_stage, hidden_size=hidden_size
     )
-    _check_caching(caching)
+    check_caching(caching)
     if caching == "none":
         blocks = num_ranks * virtual_stages - 1
     else:

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modeling_attnres import AttnResConfig
-from modeling_attnres.eval.depth_weights import mean_depth_weights, save_depth_heatmap
-from modeling_attnres.eval.dynamics import measure_dynamics, save_dynamics
+from modeling_attnres.eval.depth_weights import save_depth_heatmap
+from modeling_attnres.eval.dynamics import save_dynamics
+from modeling_attnres.eval.inspect_model import inspect_model
 
 
 class DepthDynamics(TrainerCallback):
@@ -67,24 +67,14 @@ class DepthDynamics(TrainerCallback):
     ):
         if not state.is_world_process_zero:
             return
-        dynamics, matrix = self._look_at(model)
+        dynamics, matrix = inspect_model(model, self.input_ids.to(model.device))
         title = f"step {state.global_step}"
         save_dynamics({title: dynamics}, self.folder / "dynamics.png")
         if matrix is not None:
             save_depth_heatmap({title: matrix}, self.folder / "depth_weights.png")
 
-    def _look_at(self, model):
-        input_ids = self.input_ids.to(model.device)
-        dynamics = measure_dynamics(model, input_ids)
-        if model.config.model_type != AttnResConfig.model_type:
-            return dynamics, None
-        training = model.training
-        matrix = mean_depth_weights(model.eval(), input_ids)
-        model.train(training)
-        return dynamics, matrix
-
     def _measure(self, state: TrainerState, model):
-        dynamics, matrix = self._look_at(model)
+        dynamics, matrix = inspect_model(model, self.input_ids.to(model.device))
         record = {
             "step": state.global_step,
             "output_magnitude": dynamics.output_magnitude,

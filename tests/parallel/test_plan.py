@@ -8,8 +8,8 @@ from tiny_backbones import tiny_inputs, tiny_model
 
 from modeling_attnres import BlockSummaries
 from modeling_attnres.configuration import load_preset
+from modeling_attnres.parallel.layout import CACHING
 from modeling_attnres.parallel.plan import (
-    CACHING,
     DepthShape,
     Hardware,
     Transition,
