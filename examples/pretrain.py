@@ -159,7 +159,9 @@ def main(argv: list[str] | None = None) -> dict:
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=attnres_optimizer(arguments, args.query_lr or args.lr) if depth_attention else None,
+        optimizer_cls_and_kwargs=attnres_optimizer(arguments, args.lr if args.query_lr is None else args.query_lr)
+        if depth_attention
+        else None,
         callbacks=[
             JsonlMetrics(args.output / "metrics.jsonl"),
             DepthDynamics(torch.tensor(held_out[:4]["input_ids"]), args.output / "dynamics", every=args.eval_steps),
