@@ -77,10 +77,12 @@ def measure_dynamics(model: PreTrainedModel, input_ids: torch.Tensor) -> LayerDy
         raise ValueError("`model` must hold whole parameters, got parameters sharded over processes.")
     magnitudes: list[float] = []
 
-    def record(layer, arguments, output):
-        magnitudes.append(float(_left_behind(layer, output).detach().float().square().mean(-1).sqrt().mean()))
+    def record(layer, arguments, keywords, output):
+        magnitudes.append(
+            float(_left_behind(keywords.get("form"), output).detach().float().square().mean(-1).sqrt().mean())
+        )
 
-    handles = [layer.register_forward_hook(record) for layer in layers]
+    handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     training, frozen = model.training, [parameter for parameter in parameters if not parameter.requires_grad]
     try:
         model.eval()
@@ -99,13 +101,11 @@ def measure_dynamics(model: PreTrainedModel, input_ids: torch.Tensor) -> LayerDy
     return LayerDynamics(magnitudes, _norm_per_layer(layers, gradients))
 
 
-def _left_behind(layer: nn.Module, output) -> torch.Tensor:
-    """The residual stream after a PreNorm layer; after an AttnRes layer, its latest source."""
-    if not isinstance(output, tuple):
-        return output
-    if hasattr(layer, "form"):
-        return layer.form.recents(output[3:])[-1]
-    return output[0]
+def _left_behind(form, output) -> torch.Tensor:
+    """The residual stream after a PreNorm layer; after an AttnRes layer, which was given a `form`, its latest source."""
+    if form is not None:
+        return form.recents(output[3:])[-1]
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _norm_per_layer(layers: nn.ModuleList, gradients: tuple[torch.Tensor | None, ...]) -> list[float]:

@@ -15,15 +15,16 @@
 
 Letters: B batch, T tokens, M = B * T, D hidden size, L sublayers, n live sources, R queries read together.
 
-Autograd sees the bank as a chain of operations on one *link*, a memoryless stand-in for `sources`: filing a source,
-scoring and summing each take the link and hand on a new one. In backward the chain runs the other way, and the bank's
-gradient passes along it as one buffer into which every operation adds in place: no copies of the bank are saved, and
-no sums over its readers are left to autograd.
+Autograd sees the bank as chains of operations on two *links*, memoryless stand-ins for `sources` and for `scores`:
+filing a source, reading scores and summing each take a link and hand on a new one. In backward the chains run the other
+way, and the bank's gradients pass along them as one buffer each, into which every reader adds in place: no copies of the
+bank are saved, no sums over its readers are left to autograd, and a source's scores are differentiated all at once.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -63,55 +64,59 @@ def norm_with_floor(values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Ten
 
 
 class _LinkSource(torch.autograd.Function):
-    """Ties a source to its slot: in backward the slot of the bank's gradient is the source's gradient."""
+    """Ties a source to its slot: in backward, what all readers left for the slot becomes the source's gradient."""
 
     @staticmethod
-    def forward(ctx, link, source, stored, slot):
-        ctx.slot = slot
-        ctx.set_materialize_grads(False)
-        # Not `detach()`: later slots are written under the version counter that it would share.
-        return link.view_as(link), stored.data
-
-    @staticmethod
-    def backward(ctx, link_gradient, alias_gradient):
-        if link_gradient is None:
-            return None, alias_gradient, None, None
-        gradient = link_gradient[ctx.slot]
-        return link_gradient, gradient if alias_gradient is None else gradient + alias_gradient, None, None
-
-
-class _LinkScores(torch.autograd.Function):
-    """Hands on scores that `append` computed; in backward sends their gradient to the queries and into the bank's."""
-
-    @staticmethod
-    def forward(ctx, link, queries, scores, sources, norms):
+    def forward(ctx, link, score_link, source, queries, bank, slot, first_reader):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(queries)
         # Not saved through autograd: later slots are written while these live ones stay as they are.
-        ctx.bank = (sources, norms, scores)
-        return scores.clone(), link.view_as(link)
+        ctx.slot = (bank.sources[slot], bank.norms[slot], bank.scores[slot, first_reader:])
+        ctx.index = (slot, first_reader)
+        # Not `detach()`: later slots are written under the version counter that it would share.
+        return link.view_as(link), score_link.view_as(score_link), bank.sources[slot].data
 
     @staticmethod
-    def backward(ctx, scores_gradient, link_gradient):
-        if scores_gradient is None:
-            return link_gradient, None, None, None, None
-        (queries,) = ctx.saved_tensors
-        sources, norms, scores = ctx.bank
-        live, norms = sources[: len(scores)], norms[: len(scores)]
-        # score = (q . v) / norm, so d score / dv = q / norm - score * v / norm^2
-        dots_gradient = scores_gradient / norms.unsqueeze(1)  # [n, R, B, T]
-        per_source = dots_gradient.flatten(2).to(sources.dtype)  # [n, R, M]
-        queries_gradient = torch.bmm(per_source, live.flatten(1, 2)).to(queries.dtype).sum(0)
-        if ctx.needs_input_grad[0]:
-            if link_gradient is None:
-                link_gradient = torch.zeros_like(sources)
-            gradient = link_gradient[: len(scores)]
-            through_norm = (dots_gradient * scores).sum(1) / norms  # [n, B, T]
-            gradient.addcmul_(live, through_norm.unsqueeze(-1).to(live.dtype), value=-1)
-            gradient.flatten(1, 2).baddbmm_(
-                per_source.transpose(1, 2), queries.to(sources.dtype).expand(len(scores), *queries.shape)
-            )
-        return link_gradient, queries_gradient, None, None, None
+    def backward(ctx, link_gradient, score_link_gradient, alias_gradient):
+        slot, first_reader = ctx.index
+        gradient, queries_gradient = alias_gradient, None
+        if link_gradient is not None:
+            gradient = link_gradient[slot] if gradient is None else link_gradient[slot] + gradient
+        if score_link_gradient is not None:
+            (queries,) = ctx.saved_tensors
+            stored, norm, scores = ctx.slot
+            scores_gradient = score_link_gradient[slot, first_reader:]  # [R, B, T]
+            values = stored.to(queries.dtype).flatten(0, 1)
+            # score = (q . v) / norm, so d score / dv = q / norm - score * v / norm^2
+            dots_gradient = (scores_gradient / norm).flatten(1)
+            queries_gradient = torch.zeros_like(queries)
+            torch.mm(dots_gradient, values, out=queries_gradient[first_reader:])
+            if ctx.needs_input_grad[2]:
+                through_norm = (scores_gradient * scores).sum(0) / norm.square()
+                through_scores = torch.addcmul(
+                    torch.mm(dots_gradient.T, queries[first_reader:]), values, through_norm.view(-1, 1), value=-1
+                )
+                through_scores = through_scores.view_as(stored).to(stored.dtype)
+                gradient = through_scores if gradient is None else gradient + through_scores
+        return link_gradient, score_link_gradient, gradient, queries_gradient, None, None, None
+
+
+class _LinkScores(torch.autograd.Function):
+    """Hands on scores that `append` computed; in backward leaves their gradient where `append`'s backward finds it."""
+
+    @staticmethod
+    def forward(ctx, score_link, scores, slots, readers):
+        ctx.set_materialize_grads(False)
+        ctx.index, ctx.shape = (slots, readers), score_link.shape
+        return scores.clone(), score_link.view_as(score_link)
+
+    @staticmethod
+    def backward(ctx, scores_gradient, score_link_gradient):
+        if scores_gradient is not None:
+            if score_link_gradient is None:
+                score_link_gradient = scores_gradient.new_zeros(ctx.shape)
+            score_link_gradient[ctx.index] += scores_gradient
+        return score_link_gradient, None, None, None
 
 
 class _LinkRows(torch.autograd.Function):
@@ -141,6 +146,24 @@ class _LinkRows(torch.autograd.Function):
         return link_gradient, weights_gradient, None
 
 
+class LiveSources(NamedTuple):
+    """The first n sources of a bank for decoding, as views. Each carries the floor of its norm as one more channel.
+
+    Attributes:
+        with_floor: `[n, B, 1, D + 1]`, the sources.
+        per_token: `[B, n, D]`, the sources without the floor.
+        norms: `[n, B, 1]`.
+        newest, newest_with_floor, newest_norm: `[B, 1, D]`, `[B, 1, D + 1]` and `[B, 1]`, the last of them.
+    """
+
+    with_floor: torch.Tensor
+    per_token: torch.Tensor
+    norms: torch.Tensor
+    newest: torch.Tensor
+    newest_with_floor: torch.Tensor
+    newest_norm: torch.Tensor
+
+
 class BlockSummaries:
     """The cached block summaries of one forward: a preallocated bank of the finished depth sources.
 
@@ -159,7 +182,8 @@ class BlockSummaries:
     def __init__(self):
         self.sources = self.norms = self.scores = None
         self.length = 0
-        self._gradient_link = None
+        self._link = self._score_link = None
+        self._live: dict[int, LiveSources] = {}
 
     def reset(self, like: torch.Tensor, capacity: int, num_queries: int):
         """Empties the bank for a forward over `like` `[B, T, D]`, keeping the allocation if it fits.
@@ -167,26 +191,55 @@ class BlockSummaries:
         With gradients enabled the allocation is always new: a backward may still read the old one.
         """
         shape = (capacity, *like.shape)
-        reusable = (
-            self.sources is not None
-            and not torch.is_grad_enabled()
-            and self.sources.shape == shape
-            and self.sources.dtype == like.dtype
-            and self.sources.device == like.device
-        )
-        if not reusable:
-            dtype = accumulation_dtype(like.dtype)
-            self.sources = like.new_empty(shape)
-            self.norms = like.new_empty(shape[:-1], dtype=dtype)
-            self.scores = like.new_empty((capacity, num_queries, *like.shape[:-1]), dtype=dtype)
+        if torch.is_grad_enabled() or not self._fits(like, shape, like.dtype, num_queries):
+            self._allocate(like, shape, like.dtype, num_queries)
         self.length = 0
-        # Carries the shape and the gradient of `sources` from one operation on the bank to the next, without memory.
-        self._gradient_link = like.new_empty(()).expand(shape) if torch.is_grad_enabled() else None
+        self._link = self._score_link = None
+        if torch.is_grad_enabled():
+            # They carry shape and gradient from one operation on the bank to the next, without memory.
+            self._link, self._score_link = (
+                tensor.new_empty(()).expand(tensor.shape) for tensor in (self.sources, self.scores)
+            )
+
+    def reset_for_decode(self, like: torch.Tensor, capacity: int, norm_floor: torch.Tensor):
+        """Empties the bank for a step over `like` `[B, 1, D]`: sources in at least fp32 that carry `norm_floor`."""
+        shape = (capacity, *like.shape[:-1], like.shape[-1] + 1)
+        dtype = accumulation_dtype(like.dtype)
+        if not self._fits(like, shape, dtype, num_queries=0):
+            self._allocate(like, shape, dtype, num_queries=0)
+        self.sources[..., -1].copy_(norm_floor)
+        self.length = 0
+        self._link = self._score_link = None
+
+    def _fits(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, num_queries: int) -> bool:
+        return (
+            self.sources is not None
+            and self.sources.shape == shape
+            and self.sources.dtype == dtype
+            and self.sources.device == like.device
+            and self.scores.shape[1] == num_queries
+            and self.sources.is_inference() == torch.is_inference_mode_enabled()
+        )
+
+    def _allocate(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, num_queries: int):
+        self.sources = like.new_empty(shape, dtype=dtype)
+        self.norms = like.new_empty(shape[:-1], dtype=accumulation_dtype(dtype))
+        self.scores = like.new_empty((shape[0], num_queries, *shape[1:-1]), dtype=self.norms.dtype)
+        self._live.clear()
 
     @property
     def inv_rms(self) -> torch.Tensor:
         """`[length, B, T]`, `1 / sqrt(mean(v^2) + eps)` of each live source."""
         return math.sqrt(self.sources.shape[-1]) / self.norms[: self.length]
+
+    def live(self, length: int) -> LiveSources:
+        """Views of the slots `[:length]` of a bank for decoding, which the caller fills; the last may still grow."""
+        if length not in self._live:
+            sources, norms = self.sources[:length], self.norms[:length]
+            per_token = sources.squeeze(2).transpose(0, 1)[..., :-1]
+            self._live[length] = LiveSources(sources, per_token, norms, sources[-1, ..., :-1], sources[-1], norms[-1])
+        self.length = length
+        return self._live[length]
 
     @without_autocast
     def append(
@@ -210,26 +263,27 @@ class BlockSummaries:
         dots = torch.mm(queries.detach()[first_reader:], values.flatten(0, 1).T)
         torch.div(dots.view(-1, *norms.shape), norms, out=self.scores[slot, first_reader:])
         self.length += 1
-        if self._gradient_link is None:
+        if self._link is None:
             return stored
-        self._gradient_link, alias = _LinkSource.apply(self._gradient_link, source, stored, slot)
+        self._link, self._score_link, alias = _LinkSource.apply(
+            self._link, self._score_link, source, queries, self, slot, first_reader
+        )
         return alias
 
-    @without_autocast
-    def score(self, queries: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """The scores `[n, R, B, T]` that the queries `[first, last)` of `[L + 1, D]` give the live sources."""
-        scores = self.scores[: self.length, first:last]
-        if self._gradient_link is not None:
-            scores, self._gradient_link = _LinkScores.apply(
-                self._gradient_link, queries[first:last], scores, self.sources, self.norms
-            )
+    def score(self, first: int, last: int, slots: slice = slice(None)) -> torch.Tensor:
+        """The scores `[n, R, B, T]` that the queries `[first, last)` give the live sources, or `slots` of them."""
+        start, stop, _ = slots.indices(self.length)
+        slots, readers = slice(start, stop), slice(first, last)
+        scores = self.scores[slots, readers]
+        if self._score_link is not None:
+            scores, self._score_link = _LinkScores.apply(self._score_link, scores, slots, readers)
         return scores
 
     @without_autocast
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums over the live sources with weights `[n, R, B, T]`: `[B, T, R, D]` in the sources' dtype."""
         weights = weights.to(self.sources.dtype)
-        if self._gradient_link is None:
+        if self._link is None:
             return weighted_sum(weights, self.sources[: self.length])
-        rows, self._gradient_link = _LinkRows.apply(self._gradient_link, weights, self.sources)
+        rows, self._link = _LinkRows.apply(self._link, weights, self.sources)
         return rows

@@ -38,17 +38,15 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         plan: which child plays which part, as found by probing.
         layer_idx: index of the decoder layer; it holds sublayers `2 * layer_idx` and `2 * layer_idx + 1`.
         sublayers_per_block: S.
-        form: how a mix over depth is computed, from [`build_depth_attention`].
     """
 
-    def __init__(self, layer: nn.Module, plan: LayerPlan, layer_idx: int, sublayers_per_block: int, form):
+    def __init__(self, layer: nn.Module, plan: LayerPlan, layer_idx: int, sublayers_per_block: int):
         super().__init__()
         for name in (plan.mixer_norm, plan.mixer, plan.feed_forward_norm, plan.feed_forward):
             self.add_module(name, getattr(layer, name))
         self.plan = plan
         # Most token mixers take every argument of their layer under its own name.
         self.passes_all = plan.passes_kwargs and plan.mixer_arguments == {name: name for name in LAYER_ARGUMENTS}
-        self.form = form
         self.mixer_starts_block = 2 * layer_idx % sublayers_per_block == 0
         self.feed_forward_starts_block = (2 * layer_idx + 1) % sublayers_per_block == 0
 
@@ -56,6 +54,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         self,
         norm_floor: torch.Tensor,
         *tensors: torch.Tensor,
+        form: Any,
         reads: tuple[DepthRead, DepthRead] | None = None,
         num_sources: int = 0,
         output_depth_weights: bool = False,
@@ -67,13 +66,14 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             tensors: with `reads`, the depth state; without, the layer's two folded queries `[2, D]`, `num_sources`
                 sources `[B, T, D]` and the depth state, so that gradient checkpointing recomputes phase 1 with the
                 layer. All that carries a gradient is positional: reentrant checkpointing drops any other.
+            form: how mixes over depth are computed in this forward.
             reads: what phase 1 found for the token mixer and the feed-forward.
             kwargs: the backbone's keyword arguments (masks, positions, cache).
 
         Returns:
             The token mixer's mix `[B, T, D]`, the two mixes' weights `[B, T, n]` (or `None`), and the new depth state.
         """
-        form, state = self.form, tensors
+        state = tensors
         if reads is None:
             queries, sources, state = tensors[0], tensors[1 : 1 + num_sources], tensors[1 + num_sources :]
             reads = form.read_sources(queries, sources, norm_floor)
@@ -81,14 +81,15 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
         mixer_input, mixer_logit = form.phase_two(mixer_read, norm_floor, *state)
         output = self._mix_tokens(getattr(self, self.plan.mixer_norm)(mixer_input), kwargs)
-        # Under autocast a sublayer's output is narrower than the stream; sources are kept as wide as that.
-        state = form.advance(state, output.to(mixer_input.dtype), self.mixer_starts_block)
+        state = form.advance(mixer_read, state, _as_wide_as(mixer_input, output), self.mixer_starts_block)
 
         hidden_states, feed_forward_logit = form.phase_two(feed_forward_read, norm_floor, *state)
         output = getattr(self, self.plan.feed_forward)(getattr(self, self.plan.feed_forward_norm)(hidden_states))
         if isinstance(output, tuple):  # a mixture of experts that returns its routing too
             output = output[0]
-        state = form.advance(state, output.to(mixer_input.dtype), self.feed_forward_starts_block)
+        state = form.advance(
+            feed_forward_read, state, _as_wide_as(mixer_input, output), self.feed_forward_starts_block
+        )
 
         weights = (None, None)
         if output_depth_weights:
@@ -107,6 +108,11 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             kwargs = arguments
         output = getattr(self, self.plan.mixer)(hidden_states, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+def _as_wide_as(stream: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Under autocast a sublayer's output is narrower than the stream; sources are kept as wide as that."""
+    return output if output.dtype == stream.dtype else output.to(stream.dtype)
 
 
 def backbone_inputs(
@@ -167,7 +173,13 @@ def run_decoder_layers(
         for index in group:
             depth_inputs, depth_kwargs = _layer_reads(depth, reads, index, first)
             mix, *weights_and_state = layers[index](
-                depth.norm_floor, *depth_inputs, *state, **depth_kwargs, attention_mask=masks[index], **layer_kwargs
+                depth.norm_floor,
+                *depth_inputs,
+                *state,
+                form=depth.form,
+                **depth_kwargs,
+                attention_mask=masks[index],
+                **layer_kwargs,
             )
             state = tuple(weights_and_state[2:])
             hidden_states.append(mix if index in wanted else None)  # a mix not asked for is freed here

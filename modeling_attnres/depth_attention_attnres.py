@@ -39,6 +39,7 @@ from .block_summaries_attnres import (
     weighted_sum,
     without_autocast,
 )
+from .depth_decode_attnres import DecodeMean, DecodeStream, DecodeSum
 from .depth_merge_attnres import merge_mean, merge_sum
 
 
@@ -132,7 +133,7 @@ def read_bank(
     Returns:
         One [`DepthRead`] per query.
     """
-    scores = bank.score(queries, first, last)
+    scores = bank.score(first, last)
     weights, stat = form.phase_one(scores)
     return _as_reads(queries[first:last], bank.weighted_sum(weights).unbind(-2), stat, scores)
 
@@ -146,7 +147,7 @@ def read_one_source(
     form: "type[MeanWeights]",
 ) -> list[DepthRead]:
     """Phase 1 while the embedding `source` `[B, T, D]` is the only one: it has all the weight, whatever its scores."""
-    scores = bank.score(queries, first, last)
+    scores = bank.score(first, last)
     row, stat = form.one_source(source, scores[0])
     return _as_reads(queries[first:last], [row] * (last - first), stat, scores)
 
@@ -154,10 +155,17 @@ def read_one_source(
 class MeanWeights:
     """Weights that sum to 1: the paper's form. The state between sublayers is the recent sources."""
 
+    decode = DecodeMean
+
     @classmethod
     def stream(cls, *args, **kwargs) -> "DepthStream":
-        """The depth side of one forward in this form; the other arguments are those of [`DepthStream`]."""
+        """The depth side of one forward in two phases; the other arguments are those of [`DepthStream`]."""
         return DepthStream(*args, form=cls, **kwargs)
+
+    @classmethod
+    def decode_stream(cls, *args) -> DecodeStream:
+        """The depth side of one decode step, without gradients."""
+        return DecodeStream(*args, form=cls.decode)
 
     @staticmethod
     def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -220,7 +228,7 @@ class MeanWeights:
         return torch.softmax(scores, dim=-1)
 
     @staticmethod
-    def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
+    def advance(read: DepthRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
         """The state after a sublayer: its `output` `[B, T, D]` opens a block or is added to the open one."""
         if starts_block:
             return (*state, output)
@@ -249,6 +257,8 @@ class SumWeights(MeanWeights):
     For zero queries D and c are exactly 0: the mix is the stream bit for bit. No coefficient exceeds n, so the
     rounding of the stream is not amplified where one source has most of the weight.
     """
+
+    decode = DecodeSum
 
     @staticmethod
     def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -286,9 +296,9 @@ class SumWeights(MeanWeights):
         return weights * weights.shape[-1]
 
     @staticmethod
-    def advance(state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
+    def advance(read: DepthRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
         stream, *recents = state
-        return (stream + output, *MeanWeights.advance(tuple(recents), output, starts_block))
+        return (stream + output, *MeanWeights.advance(read, tuple(recents), output, starts_block))
 
     @staticmethod
     def recents(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -531,6 +541,6 @@ def _two_phase_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_b
         for index, read in enumerate(depth.read(first, last), start=first):
             hidden_states, _ = depth.form.phase_two(read, norm_floor, *state)
             output = sublayers[index](hidden_states)
-            state = depth.form.advance(state, output, starts_block=index % sublayers_per_block == 0)
+            state = depth.form.advance(read, state, output, starts_block=index % sublayers_per_block == 0)
         state = depth.close(state, next_sublayer=last)
     return depth.mix_output(state)[0]

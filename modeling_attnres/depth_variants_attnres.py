@@ -141,6 +141,8 @@ class SourcesForm:
     def stream(self, *args, **kwargs) -> SourcesStream:
         return SourcesStream(*args, form=self, **kwargs)
 
+    decode_stream = stream
+
     def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (embedding,)
 

@@ -61,6 +61,7 @@ from .block_summaries_attnres import BlockSummaries
 from .configuration_attnres import AttnResConfig
 from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, run_decoder_layers
 from .depth_attention_attnres import DepthAttention
+from .depth_decode_attnres import MAX_DECODE_BATCH
 from .depth_variants_attnres import build_depth_attention
 from .peft_attnres import register_peft_targets
 from .state_dict_attnres import to_model_names
@@ -179,7 +180,7 @@ class AttnResModel(AttnResPreTrainedModel):
         plans = check_backbone(backbone)
         depth_attention, self.depth_form = build_depth_attention(config)
         backbone.layers = nn.ModuleList(
-            AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block, self.depth_form)
+            AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block)
             for index, (layer, plan) in enumerate(zip(backbone.layers, plans, strict=True))
         )
         # The class that it names is not there any more, and whoever wraps by these names looks for each of them.
@@ -236,7 +237,8 @@ class AttnResModel(AttnResPreTrainedModel):
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
         reuse = block_summaries is not None and not torch.compiler.is_compiling()
         bank = block_summaries if reuse else BlockSummaries()
-        depth = self.depth_form.stream(queries, norm_floor, bank, self.config.sublayers_per_block)
+        depth_stream = self.depth_form.decode_stream if self._is_decode_step(embedding) else self.depth_form.stream
+        depth = depth_stream(queries, norm_floor, bank, self.config.sublayers_per_block)
         state = depth.start(embedding)
         wanted = self._wanted_hidden_states(kwargs)
         state, hidden_states, depth_weights = run_decoder_layers(
@@ -252,6 +254,20 @@ class AttnResModel(AttnResPreTrainedModel):
             hidden_states=tuple(hidden_states) if wanted else None,
             depth_weights=(*depth_weights, output_weights) if output_depth_weights else None,
             block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
+        )
+
+    def _is_decode_step(self, embedding: torch.Tensor) -> bool:
+        """Whether this forward may write its sources in place, as is fastest for one token per sequence.
+
+        Not where something comes in between: a backward, a compiler, autocast, or hooks that hand the layers copies on
+        other devices.
+        """
+        return (
+            embedding.shape[1] == 1
+            and embedding.shape[0] <= MAX_DECODE_BATCH
+            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and not torch.is_autocast_enabled(embedding.device.type)
+            and not any("_hf_hook" in vars(layer) for layer in self.backbone.layers)
         )
 
     def _wanted_hidden_states(self, kwargs: dict) -> set[int]:

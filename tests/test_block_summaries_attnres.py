@@ -28,7 +28,7 @@ def test_stores_sources_norms_and_scores():
     torch.testing.assert_close(bank.norms[:3], (stacked.square().sum(-1) + FLOOR**2).sqrt())
     torch.testing.assert_close(bank.inv_rms, (stacked.square().mean(-1) + FLOOR**2 / 8).rsqrt())
     expected = (stacked @ queries.T / bank.norms[:3].unsqueeze(-1)).movedim(-1, 1)
-    torch.testing.assert_close(bank.score(queries, 0, 5), expected)
+    torch.testing.assert_close(bank.score(0, 5), expected)
     weights = torch.rand(3, 2, 2, 3)  # [n, R, B, T]
     torch.testing.assert_close(bank.weighted_sum(weights), torch.einsum("nrbt,nbtd->btrd", weights, stacked))
 
@@ -40,7 +40,7 @@ def test_low_precision_sources_are_scored_in_fp32():
         bank = filled_bank([source], queries)
     assert bank.sources.dtype == torch.bfloat16
     expected = source.float() @ queries.T / source.float().norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(bank.score(queries, 0, 2)[0].movedim(0, -1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bank.score(0, 2)[0].movedim(0, -1), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_reset_keeps_an_allocation_that_fits_and_replaces_one_that_does_not():
@@ -87,7 +87,7 @@ def test_an_earlier_forward_keeps_its_sources_through_a_later_one():
     for value in inputs:
         bank.reset(value, 1, 2)
         bank.append(value, queries, FLOOR)
-        scores = bank.score(queries, 0, 2)
+        scores = bank.score(0, 2)
         losses.append((bank.weighted_sum(scores.sigmoid()).square()).sum())
     shared = torch.autograd.grad(sum(losses), inputs)
     for value, gradient in zip(inputs, shared):
@@ -105,9 +105,9 @@ def test_gradients_pass_gradcheck():
         bank.reset(sources[0], 3, 3)
         alias = bank.append(sources[0], queries, FLOOR.double())
         bank.append(sources[1], queries, FLOOR.double())
-        early = bank.weighted_sum(bank.score(queries, 0, 2).softmax(0))
+        early = bank.weighted_sum(bank.score(0, 2).softmax(0))
         bank.append(sources[2], queries, FLOOR.double())
-        late = bank.weighted_sum(bank.score(queries, 1, 3).softmax(0))
+        late = bank.weighted_sum(bank.score(1, 3).softmax(0))
         return early, late, alias * 2
 
     assert torch.autograd.gradcheck(read_twice, (queries, *sources))

@@ -223,7 +223,7 @@ def test_weights_behind_a_mix_reproduce_it(depth_weights):
                 weights = depth.form.mix_weights(read, logit)
                 sources = depth.stacked_sources(state)
                 torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights, sources), mix)
-                state = depth.form.advance(state, sublayers[index](mix), index % 4 == 0)
+                state = depth.form.advance(read, state, sublayers[index](mix), index % 4 == 0)
             state = depth.close(state, next_sublayer=last)
         mix, weights = depth.mix_output(state, with_weights=True)
         torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights, depth.stacked_sources(state)), mix)
@@ -271,7 +271,7 @@ def test_two_streams_over_a_cut_stack_equal_naive(num_sublayers, sublayers_per_b
         for first, last in depth.groups:
             for index, read in enumerate(depth.read(first, last), start=first):
                 output = sublayers[index](depth.form.phase_two(read, norm_floor, *state)[0])
-                state = depth.form.advance(state, output, starts_block=index % sublayers_per_block == 0)
+                state = depth.form.advance(read, state, output, starts_block=index % sublayers_per_block == 0)
             state = depth.close(state, next_sublayer=last)
         sources = depth.sources
         assert len(depth.bank.sources) <= 2 + run[1] // sublayers_per_block  # no room for blocks of later runs

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from tiny_backbones import BACKBONES, tiny_backbone, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from modeling_attnres import BlockSummaries
+from modeling_attnres import BlockSummaries, modeling_attnres
 
 
 NEW_TOKENS = 8
@@ -175,6 +176,10 @@ class _Recorder(BlockSummaries):
         super().reset(*args, **kwargs)
         self.addresses.append((self.sources.shape[2], self.sources.data_ptr()))
 
+    def reset_for_decode(self, *args, **kwargs):
+        super().reset_for_decode(*args, **kwargs)
+        self.addresses.append((self.sources.shape[2], self.sources.data_ptr()))
+
 
 @pytest.mark.parametrize("sublayers_per_block", [1, 2, 3, 8])
 def test_decode_steps_reuse_one_allocation(sublayers_per_block):
@@ -187,6 +192,60 @@ def test_decode_steps_reuse_one_allocation(sublayers_per_block):
             outputs = model(token, past_key_values=outputs.past_key_values, use_cache=True, block_summaries=bank)
     assert [tokens for tokens, _ in bank.addresses] == [12, 1, 1, 1, 1, 1]
     assert len({address for tokens, address in bank.addresses if tokens == 1}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("sublayers_per_block", "depth_weights"), [(1, "mean"), (3, "mean"), (2, "sum"), (8, "sum")])
+def test_a_decode_step_is_the_two_phase_computation(sublayers_per_block, depth_weights, dtype, monkeypatch):
+    model = tiny_model("llama", sublayers_per_block, depth_weights).to(dtype)
+    outputs = []
+    for largest_batch in (32, 0):  # in one pass, in two phases
+        monkeypatch.setattr(modeling_attnres, "MAX_DECODE_BATCH", largest_batch)
+        with torch.no_grad():
+            cache = model(tiny_inputs(), use_cache=True).past_key_values
+            outputs.append(
+                model(
+                    tiny_inputs(tokens=1),
+                    past_key_values=cache,
+                    output_hidden_states=True,
+                    output_depth_weights=True,
+                    output_block_summaries=True,
+                )
+            )
+    one_pass, two_phase = outputs
+    # Rounding only, which random models amplify; bf16 differs by the fp32 sources of the one pass.
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    for name in ("logits", "hidden_states", "depth_weights", "block_summaries"):
+        torch.testing.assert_close(one_pass[name], two_phase[name], **tolerance)
+    assert one_pass.block_summaries.dtype == dtype
+
+
+def test_only_plain_decode_steps_write_in_place():
+    model = tiny_model("llama", 2)
+    embedding = torch.zeros(2, 1, model.config.hidden_size)
+    with torch.no_grad():
+        assert model.model._is_decode_step(embedding)
+        assert not model.model._is_decode_step(embedding.expand(2, 2, -1))
+        assert not model.model._is_decode_step(embedding[:1].expand(33, 1, -1))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not model.model._is_decode_step(embedding)
+        add_hook_to_module(model.model.backbone.layers[1], ModelHook())
+        assert not model.model._is_decode_step(embedding)
+        remove_hook_from_module(model.model.backbone.layers[1])
+        assert model.model._is_decode_step(embedding)
+        assert not model.train().model._is_decode_step(embedding)
+    assert not model.eval().model._is_decode_step(embedding)  # with gradients
+
+
+def test_a_bank_serves_inference_mode_and_no_grad_in_turn():
+    model = tiny_model("llama", 2)
+    bank = BlockSummaries()
+    results = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            results.append(model(tiny_inputs(tokens=1), block_summaries=bank).logits.clone())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_generate_keeps_one_bank_for_all_its_steps():

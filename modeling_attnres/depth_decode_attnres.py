@@ -1,0 +1,172 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Depth attention for one token per sequence: every mix in one pass over all sources, as a decode step wants it.
+
+Letters: B batch, T tokens, D hidden size, L sublayers, S sublayers per block, n sources of a mix.
+
+A decode step moves few bytes; what it pays for is the number of calls. The two phases save bytes and cost calls, so
+here there is one: `softmax_i(score_i)` over the sources where they lie. The open block grows inside the bank, its norm
+is brought up to date before each mix, and nothing is filed, scored ahead or merged. The sources are kept in at least
+fp32, which for one token is little. Not for training: the bank is written in place.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .block_summaries_attnres import BlockSummaries, LiveSources
+
+
+# Larger batches are moved faster in two phases.
+MAX_DECODE_BATCH = 32
+
+
+class DecodeRead(NamedTuple):
+    """What one sublayer reads, and where its output goes.
+
+    Attributes:
+        live: the sources that it sees.
+        query: `[D + 1]`, its folded query and a zero, in at least fp32.
+        opening: `[B, 1, D]`, the slot of a block that its output opens; `None` behind the last slot.
+        dtype: of the mix.
+    """
+
+    live: LiveSources
+    query: torch.Tensor
+    opening: torch.Tensor | None
+    dtype: torch.dtype
+
+
+class DecodeMean:
+    """Weights that sum to 1, as in [`MeanWeights`]. Everything is in the bank, the depth state is empty."""
+
+    @staticmethod
+    def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    @classmethod
+    def phase_two(cls, read: DecodeRead, norm_floor: torch.Tensor, *state: torch.Tensor):
+        """The mix `[B, 1, D]`, and its weights `[n, B, 1]`, which sum to 1."""
+        live = read.live
+        # Only the newest source has changed since the sublayer before. Its last channel is the floor of its norm.
+        torch.linalg.vector_norm(live.newest_with_floor, dim=-1, out=live.newest_norm)
+        weights = torch.softmax(torch.matmul(live.with_floor, read.query) / live.norms, dim=0)
+        mix = cls.weighted_sum(live, weights, *state)
+        return mix if mix.dtype == read.dtype else mix.to(read.dtype), weights
+
+    @staticmethod
+    def weighted_sum(live: LiveSources, weights: torch.Tensor) -> torch.Tensor:
+        """`[B, 1, D]` from weights `[n, B, 1]`."""
+        return torch.bmm(weights.permute(1, 2, 0), live.per_token)
+
+    @staticmethod
+    def mix_weights(read: DecodeRead, weights: torch.Tensor) -> torch.Tensor:
+        """The weights as `[B, 1, n]`."""
+        return weights.movedim(0, -1)
+
+    @staticmethod
+    def advance(read: DecodeRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
+        """Writes a sublayer's `output` `[B, 1, D]` to the bank: it opens a block or is added to the open one."""
+        if starts_block:
+            read.opening.copy_(output)
+        else:
+            read.live.newest.add_(output)
+        return state
+
+
+class DecodeSum(DecodeMean):
+    """Weights that sum to n, as in [`SumWeights`]: `stream + sum_i (n a_i - 1) v_i`. The state is the stream.
+
+    Equal scores have the softmax `1 / n` exactly as rounded here, so zero queries hand on the stream bit for bit.
+    """
+
+    @staticmethod
+    def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (embedding,)
+
+    @staticmethod
+    def weighted_sum(live: LiveSources, weights: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+        n = len(weights)
+        excess = (weights - 1 / n).permute(1, 2, 0)
+        return torch.baddbmm(stream.to(weights.dtype), excess, live.per_token, alpha=n)
+
+    @classmethod
+    def mix_weights(cls, read: DecodeRead, weights: torch.Tensor) -> torch.Tensor:
+        return super().mix_weights(read, weights) * len(weights)
+
+    @staticmethod
+    def advance(read: DecodeRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
+        (stream,) = DecodeMean.advance(read, state, output, starts_block)
+        return (stream + output,)
+
+
+class DecodeStream:
+    """The depth side of one decode step: the steps of [`DepthStream`], all sublayers in one group.
+
+    Args:
+        queries, norm_floor: from [`DepthAttention`].
+        bank: the block summaries to fill.
+        sublayers_per_block: S.
+        form: [`DecodeMean`] or [`DecodeSum`].
+    """
+
+    def __init__(
+        self,
+        queries: torch.Tensor,
+        norm_floor: torch.Tensor,
+        bank: BlockSummaries,
+        sublayers_per_block: int,
+        form: type[DecodeMean],
+    ):
+        self.queries, self.norm_floor, self.bank = queries, norm_floor, bank
+        self.sublayers_per_block = sublayers_per_block
+        self.form = form
+        self.num_sublayers = len(queries) - 1
+        self.groups = [(0, self.num_sublayers)]
+
+    def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Writes the embedding `[B, 1, D]` to the bank as the first source; returns the first depth state."""
+        self.dtype = embedding.dtype
+        capacity = 1 + math.ceil(self.num_sublayers / self.sublayers_per_block)
+        self.bank.reset_for_decode(embedding, capacity, self.norm_floor)
+        self.bank.live(1).newest.copy_(embedding)
+        return self.form.start(embedding)
+
+    def read(self, first: int, last: int) -> list[DecodeRead]:
+        """The reads of the sublayers `[first, last)`, which are all of them; the output mix's is kept."""
+        lives = [self.bank.live(count) for count in range(1, len(self.bank.sources) + 1)]
+        openings = [*(live.newest for live in lives[1:]), None]
+        reads = []
+        for sublayer, query in enumerate(nn.functional.pad(self.queries, (0, 1)).unbind(0)):
+            started = math.ceil(sublayer / self.sublayers_per_block)  # blocks that have an output
+            reads.append(DecodeRead(lives[started], query, openings[started], self.dtype))
+        *reads, self.output_read = reads
+        return reads
+
+    def close(self, state: tuple[torch.Tensor, ...], next_sublayer: int) -> tuple[torch.Tensor, ...]:
+        """Nothing is left to file."""
+        return state
+
+    def mix_output(
+        self, state: tuple[torch.Tensor, ...], with_weights: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output mix `[B, 1, D]` over all sources, and if asked its weights `[B, 1, n]`."""
+        mix, weights = self.form.phase_two(self.output_read, self.norm_floor, *state)
+        return mix, self.form.mix_weights(self.output_read, weights) if with_weights else None
+
+    def stacked_sources(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """All sources in order of depth, `[B, 1, n, D]`, as a copy that outlives the bank."""
+        return self.output_read.live.per_token.unsqueeze(1).to(self.dtype, copy=True)

@@ -1,0 +1,95 @@
+"""One pass over all sources for one token per sequence, against the naive reference."""
+
+import pytest
+import torch
+from test_depth_attention_attnres import EPS, SCHEDULES, random_stack, relative_error
+
+from modeling_attnres import BlockSummaries, attention_residuals
+from modeling_attnres.depth_attention_attnres import FORMS, DepthAttention
+
+
+def one_token(num_sublayers, query_scale, dtype):
+    embedding, sublayers, query, key_norm, _ = random_stack(num_sublayers, query_scale, dtype)
+    return embedding[:, :1].detach().contiguous(), sublayers, query.detach(), key_norm.detach()
+
+
+def decode(stack, sublayers_per_block, depth_weights, bank=None):
+    """The mix of every sublayer and of the output, their weights, and the sources of the last."""
+    embedding, sublayers, query, key_norm = stack
+    fold = DepthAttention(len(sublayers), embedding.shape[-1], EPS)
+    with torch.no_grad():
+        queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
+        depth = FORMS[depth_weights].decode_stream(queries, norm_floor, bank or BlockSummaries(), sublayers_per_block)
+        state, mixes, all_weights = depth.start(embedding), [], []
+        ((first, last),) = depth.groups
+        for index, read in enumerate(depth.read(first, last)):
+            mix, weights = depth.form.phase_two(read, norm_floor, *state)
+            mixes.append(mix)
+            all_weights.append(depth.form.mix_weights(read, weights))
+            state = depth.form.advance(read, state, sublayers[index](mix), index % sublayers_per_block == 0)
+        state = depth.close(state, last)
+        mix, weights = depth.mix_output(state, with_weights=True)
+    return [*mixes, mix], [*all_weights, weights], depth.stacked_sources(state)
+
+
+def naive(stack, sublayers_per_block, depth_weights):
+    with torch.no_grad():
+        return attention_residuals(*stack, EPS, sublayers_per_block, depth_weights, impl="naive")
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+@pytest.mark.parametrize(("num_sublayers", "sublayers_per_block"), SCHEDULES)
+@pytest.mark.parametrize("query_scale", [0.0, 0.5, 5.0], ids=["zero", "random", "near-one-hot"])
+def test_one_pass_equals_naive(num_sublayers, sublayers_per_block, depth_weights, query_scale):
+    exact = naive(one_token(num_sublayers, query_scale, torch.float64), sublayers_per_block, depth_weights)
+    for dtype in (torch.float64, torch.float32):
+        stack = one_token(num_sublayers, query_scale, dtype)
+        mixes, weights, sources = decode(stack, sublayers_per_block, depth_weights)
+        if dtype == torch.float64:
+            tolerance = 1e-12  # rounding over a stack: the two are equal in exact arithmetic
+        else:  # naive's own error sets the scale; the anchored sum cancels the stream against what it suppresses
+            own = relative_error(naive(stack, sublayers_per_block, depth_weights), exact)
+            tolerance = max(1e-5 if depth_weights == "mean" else 1e-4, 4 * own)
+        assert relative_error(mixes[-1], exact) < tolerance
+        # The weights of the output mix are those behind it.
+        torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights[-1], sources), mixes[-1])
+        total = 1.0 if depth_weights == "mean" else float(sources.shape[2])
+        torch.testing.assert_close(weights[-1].sum(-1), torch.full((2, 1), total, dtype=dtype))
+        assert weights[0].shape == (2, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_sublayers", "sublayers_per_block"), [*SCHEDULES, (100, 1), (98, 2)])
+def test_sum_with_zero_queries_is_the_residual_stream_bit_for_bit(num_sublayers, sublayers_per_block, dtype):
+    stack = one_token(num_sublayers, 0.0, dtype)
+    mixes, _, _ = decode(stack, sublayers_per_block, "sum")
+    stream = stack[0]
+    for mix, sublayer in zip(mixes, stack[1]):
+        assert torch.equal(mix, stream)
+        stream = stream + sublayer(stream)
+    assert torch.equal(mixes[-1], stream)
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+def test_bf16_scores_and_sources_are_fp32(depth_weights):
+    stack = one_token(12, 0.5, torch.bfloat16)
+    bank = BlockSummaries()
+    mixes, weights, sources = decode(stack, 4, depth_weights, bank)
+    assert bank.sources.dtype == weights[-1].dtype == torch.float32
+    assert mixes[-1].dtype == sources.dtype == torch.bfloat16
+    # The mix is rounded once to bf16, 2^-9 of itself at most; so is the stream of "sum", 12 times.
+    expected = torch.einsum("btn,bnd->btd", weights[-1], bank.live(4).per_token)
+    assert relative_error(mixes[-1].float(), expected) < (2**-8 if depth_weights == "mean" else 12 * 2**-8)
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+def test_a_used_bank_leaves_no_trace(depth_weights):
+    bank = BlockSummaries()
+    expected, _, _ = decode(one_token(8, 0.5, torch.float32), 3, depth_weights)
+    for _ in range(2):
+        decode(one_token(12, 2.0, torch.float32), 4, depth_weights, bank)  # the same number of sources
+        again, _, sources = decode(one_token(8, 0.5, torch.float32), 3, depth_weights, bank)
+        kept = sources.clone()
+        assert all(map(torch.equal, again, expected))
+        decode(one_token(12, 2.0, torch.float32), 4, depth_weights, bank)
+        assert torch.equal(sources, kept)
