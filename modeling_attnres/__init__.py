@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from .backbone_attnres import UnsupportedBackboneError, supported_backbones
 from .block_summaries_attnres import BlockSummaries
 from .configuration_attnres import AttnResConfig
-from .depth_attention_attnres import attention_residuals, naive_depth_attention
+from .depth_attention_attnres import naive_depth_attention
 from .modeling_attnres import (
     AttnResForCausalLM,
     AttnResForQuestionAnswering,
@@ -28,6 +28,7 @@ from .modeling_attnres import (
     AttnResPreTrainedModel,
 )
 from .peft_attnres import attnres_lora_config
+from .stack import attention_residuals
 
 
 __version__ = "0.1.0"

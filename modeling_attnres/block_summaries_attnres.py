@@ -71,7 +71,7 @@ class _LinkSource(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(queries)
         # Not saved through autograd: later slots are written while these live ones stay as they are.
-        ctx.slot = (bank.sources[slot], bank.norms[slot], bank.scores[slot, first_reader:])
+        ctx.slot = (bank.sources[slot], bank.norms[slot])
         ctx.index = (slot, first_reader)
         # Not `detach()`: later slots are written under the version counter that it would share.
         return link.view_as(link), score_link.view_as(score_link), bank.sources[slot].data
@@ -84,18 +84,16 @@ class _LinkSource(torch.autograd.Function):
             gradient = link_gradient[slot] if gradient is None else link_gradient[slot] + gradient
         if score_link_gradient is not None:
             (queries,) = ctx.saved_tensors
-            stored, norm, scores = ctx.slot
-            scores_gradient = score_link_gradient[slot, first_reader:]  # [R, B, T]
+            stored, norm = ctx.slot
             values = stored.to(queries.dtype).flatten(0, 1)
-            # score = (q . v) / norm, so d score / dv = q / norm - score * v / norm^2
-            dots_gradient = (scores_gradient / norm).flatten(1)
+            dots_gradient = (score_link_gradient[slot, first_reader:] / norm).flatten(1)  # [R, M]
             queries_gradient = torch.zeros_like(queries)
             torch.mm(dots_gradient, values, out=queries_gradient[first_reader:])
             if ctx.needs_input_grad[2]:
-                through_norm = (scores_gradient * scores).sum(0) / norm.square()
-                through_scores = torch.addcmul(
-                    torch.mm(dots_gradient.T, queries[first_reader:]), values, through_norm.view(-1, 1), value=-1
-                )
+                # score = (q . v) / norm(v), so d score / dv = (q - (q . v) v / norm^2) / norm
+                through_dots = torch.mm(dots_gradient.T, queries[first_reader:])
+                along = torch.linalg.vecdot(through_dots, values) / norm.flatten().square()
+                through_scores = through_dots.addcmul_(along.unsqueeze(-1), values, value=-1)
                 through_scores = through_scores.view_as(stored).to(stored.dtype)
                 gradient = through_scores if gradient is None else gradient + through_scores
         return link_gradient, score_link_gradient, gradient, queries_gradient, None, None, None
@@ -177,12 +175,13 @@ class BlockSummaries:
             `1/rms`, see `inv_rms`.
         scores: `[capacity, L + 1, B, T]` in at least fp32, each live source scored by every query that can read it.
         length: number of live sources.
+        link: what an operation on `sources` takes and hands on with gradients enabled, `None` without.
     """
 
     def __init__(self):
         self.sources = self.norms = self.scores = None
         self.length = 0
-        self._link = self._score_link = None
+        self.link = self._score_link = None
         self._live: dict[int, LiveSources] = {}
 
     def reset(self, like: torch.Tensor, capacity: int, num_queries: int):
@@ -194,10 +193,10 @@ class BlockSummaries:
         if torch.is_grad_enabled() or not self._fits(like, shape, like.dtype, num_queries):
             self._allocate(like, shape, like.dtype, num_queries)
         self.length = 0
-        self._link = self._score_link = None
+        self.link = self._score_link = None
         if torch.is_grad_enabled():
             # They carry shape and gradient from one operation on the bank to the next, without memory.
-            self._link, self._score_link = (
+            self.link, self._score_link = (
                 tensor.new_empty(()).expand(tensor.shape) for tensor in (self.sources, self.scores)
             )
 
@@ -209,7 +208,7 @@ class BlockSummaries:
             self._allocate(like, shape, dtype, num_queries=0)
         self.sources[..., -1].copy_(norm_floor)
         self.length = 0
-        self._link = self._score_link = None
+        self.link = self._score_link = None
 
     def _fits(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, num_queries: int) -> bool:
         return (
@@ -263,10 +262,10 @@ class BlockSummaries:
         dots = torch.mm(queries.detach()[first_reader:], values.flatten(0, 1).T)
         torch.div(dots.view(-1, *norms.shape), norms, out=self.scores[slot, first_reader:])
         self.length += 1
-        if self._link is None:
+        if self.link is None:
             return stored
-        self._link, self._score_link, alias = _LinkSource.apply(
-            self._link, self._score_link, source, queries, self, slot, first_reader
+        self.link, self._score_link, alias = _LinkSource.apply(
+            self.link, self._score_link, source, queries, self, slot, first_reader
         )
         return alias
 
@@ -283,7 +282,7 @@ class BlockSummaries:
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums over the live sources with weights `[n, R, B, T]`: `[B, T, R, D]` in the sources' dtype."""
         weights = weights.to(self.sources.dtype)
-        if self._link is None:
+        if self.link is None:
             return weighted_sum(weights, self.sources[: self.length])
-        rows, self._link = _LinkRows.apply(self._link, weights, self.sources)
+        rows, self.link = _LinkRows.apply(self.link, weights, self.sources)
         return rows

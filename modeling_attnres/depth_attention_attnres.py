@@ -25,7 +25,7 @@ partial sum, or a block that closed inside the group) by online softmax. Both ph
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,8 +39,7 @@ from .block_summaries_attnres import (
     weighted_sum,
     without_autocast,
 )
-from .depth_decode_attnres import DecodeMean, DecodeStream, DecodeSum
-from .depth_merge_attnres import merge_mean, merge_sum
+from .depth_merge_attnres import merge_mean, merge_sum, softmax_and_lse
 
 
 # Rows of phase 1 held at a time: a long block is several groups, so that S = L does not hold L rows of [B, T, D].
@@ -155,17 +154,10 @@ def read_one_source(
 class MeanWeights:
     """Weights that sum to 1: the paper's form. The state between sublayers is the recent sources."""
 
-    decode = DecodeMean
-
     @classmethod
     def stream(cls, *args, **kwargs) -> "DepthStream":
         """The depth side of one forward in two phases; the other arguments are those of [`DepthStream`]."""
         return DepthStream(*args, form=cls, **kwargs)
-
-    @classmethod
-    def decode_stream(cls, *args) -> DecodeStream:
-        """The depth side of one decode step, without gradients."""
-        return DecodeStream(*args, form=cls.decode)
 
     @staticmethod
     def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -191,7 +183,7 @@ class MeanWeights:
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[n, ...]` scores to the weights `[n, ...]` of the sources and the scores' log-sum-exp `[...]`."""
-        return torch.softmax(scores, dim=0), torch.logsumexp(scores, dim=0)
+        return softmax_and_lse(scores)
 
     @staticmethod
     def one_source(source: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -257,8 +249,6 @@ class SumWeights(MeanWeights):
     For zero queries D and c are exactly 0: the mix is the stream bit for bit. No coefficient exceeds n, so the
     rounding of the stream is not amplified where one source has most of the weight.
     """
-
-    decode = DecodeSum
 
     @staticmethod
     def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -416,7 +406,7 @@ class DepthStream:
             self.bank.reset(sources[0], capacity, num_queries=self.num_readers)
         self.embedding = sources[0]
         for source in sources:
-            self._file(source)
+            self.file(source)
 
     def read(self, first: int, last: int) -> list[DepthRead]:
         """Phase 1 for the sublayers `[first, last)`."""
@@ -442,7 +432,7 @@ class DepthStream:
         is_open = next_sublayer % self.sublayers_per_block != 0
         num_closed = len(recents) - is_open
         for source in recents[:num_closed]:
-            self._file(source)
+            self.file(source)
         return self.form.without_closed(state, num_closed)
 
     def mix_output(
@@ -450,7 +440,7 @@ class DepthStream:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output mix `[B, T, D]` over all sources, and if asked its weights `[B, T, n]`."""
         read = self.output_read or self._read(self.num_sublayers, self.num_sublayers + 1)[0]
-        state = tuple(tensor.to(read.stat.device) for tensor in state)  # where layers sit on several devices
+        state = tuple(tensor.to(self.queries.device) for tensor in state)  # where layers sit on several devices
         mix, logit = self.form.phase_two(read, self.norm_floor, *state)
         return mix, self.form.mix_weights(read, logit) if with_weights else None
 
@@ -459,88 +449,11 @@ class DepthStream:
         recents = (recent.to(self.embedding.device) for recent in self.form.recents(state))
         return torch.stack((*self.sources, *recents), dim=-2)
 
-    def _file(self, source: torch.Tensor):
+    def file(self, source: torch.Tensor) -> torch.Tensor:
+        """Makes `source` `[B, T, D]` the next finished source, and returns it as it is kept."""
         if self.uses_bank:
             # Source k is complete when sublayer k * S begins, and no earlier query reads it from the bank.
             first_reader = min(max(self.bank.length * self.sublayers_per_block, self.first), self.num_sublayers)
             source = self.bank.append(source, self.queries[: self.num_readers], self.norm_floor, first_reader)
         self.sources.append(source)
-
-
-# --- A stack of sublayers --------------------------------------------------------------------------------------------
-
-
-def attention_residuals(
-    embedding: torch.Tensor,
-    sublayers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
-    query: torch.Tensor,
-    key_norm: torch.Tensor,
-    eps: float,
-    sublayers_per_block: int,
-    depth_weights: str = "mean",
-    impl: str = "two_phase",
-) -> torch.Tensor:
-    """A stack of sublayers whose residual adds are attention over depth.
-
-    Args:
-        embedding: `[B, T, D]`.
-        sublayers: L functions `[B, T, D] -> [B, T, D]`, pre-norm included; an even number.
-        query, key_norm: `[L, D]` as in [`DepthAttention`].
-        eps: epsilon of the key RMSNorm.
-        sublayers_per_block: S, from 1 (Full AttnRes) to L.
-        depth_weights: `"mean"` or `"sum"`.
-        impl: `"two_phase"` (Algorithm 1) or `"naive"` (Figure 2, generalised to any S).
-
-    Returns:
-        `[B, T, D]`: the output mix, which a PreNorm model would hand to its final norm.
-
-    Raises:
-        ValueError: on an unknown `impl` or `depth_weights`, an odd number of sublayers, or shapes that do not fit.
-    """
-    if impl not in ("naive", "two_phase"):
-        raise ValueError(f"`impl` must be 'naive' or 'two_phase', got {impl!r}.")
-    if depth_weights not in FORMS:
-        raise ValueError(f"`depth_weights` must be one of {tuple(FORMS)}, got {depth_weights!r}.")
-    num_sublayers = len(sublayers)
-    if num_sublayers % 2 or not 1 <= sublayers_per_block <= num_sublayers:
-        raise ValueError(
-            "`sublayers` must be an even number of functions and `sublayers_per_block` from 1 to that number, got "
-            f"{num_sublayers} and {sublayers_per_block}."
-        )
-    for name, parameter in (("query", query), ("key_norm", key_norm)):
-        if parameter.shape != (num_sublayers, embedding.shape[-1]):
-            raise ValueError(
-                f"`{name}` must be [{num_sublayers}, {embedding.shape[-1]}], got {list(parameter.shape)}."
-            )
-    run = _naive_stack if impl == "naive" else _two_phase_stack
-    return run(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights)
-
-
-def _naive_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights):
-    sources = [embedding]
-    hidden_states = embedding
-    for index, sublayer in enumerate(sublayers):
-        if index > 0:
-            hidden_states, _ = naive_depth_attention(
-                torch.stack(sources), query[index - 1], key_norm[index - 1], eps, depth_weights
-            )
-        output = sublayer(hidden_states)
-        if index % sublayers_per_block == 0:
-            sources.append(output)
-        else:
-            sources[-1] = sources[-1] + output
-    return naive_depth_attention(torch.stack(sources), query[-1], key_norm[-1], eps, depth_weights)[0]
-
-
-def _two_phase_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights):
-    fold = DepthAttention(len(sublayers), embedding.shape[-1], eps)
-    queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
-    depth = DepthStream(queries, norm_floor, BlockSummaries(), sublayers_per_block, FORMS[depth_weights])
-    state = depth.start(embedding)
-    for first, last in depth.groups:
-        for index, read in enumerate(depth.read(first, last), start=first):
-            hidden_states, _ = depth.form.phase_two(read, norm_floor, *state)
-            output = sublayers[index](hidden_states)
-            state = depth.form.advance(read, state, output, starts_block=index % sublayers_per_block == 0)
-        state = depth.close(state, next_sublayer=last)
-    return depth.mix_output(state)[0]
+        return source

@@ -34,6 +34,17 @@ from .block_summaries_attnres import BlockSummaries, LiveSources
 MAX_DECODE_BATCH = 32
 
 
+def is_decode_step(embedding: torch.Tensor) -> bool:
+    """Whether a forward over `embedding` `[B, T, D]` is one that this file is for."""
+    batch, tokens, _ = embedding.shape
+    return (
+        tokens == 1
+        and batch <= MAX_DECODE_BATCH
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(embedding.device.type)  # it would round scores to half precision
+    )
+
+
 class DecodeRead(NamedTuple):
     """What one sublayer reads, and where its output goes.
 

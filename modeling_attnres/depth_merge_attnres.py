@@ -39,6 +39,13 @@ def _writes_gradients_out() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def softmax_and_lse(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax `[n, ...]` and log-sum-exp `[...]` over the first dimension; training keeps the softmax alone."""
+    if _writes_gradients_out():
+        return _SoftmaxAndLse.apply(scores)
+    return torch.softmax(scores, dim=0), torch.logsumexp(scores, dim=0)
+
+
 @without_autocast
 def merge_mean(row, lse, query, recent, norm_floor):
     """`h = r row + (1 - r) recent`, `r = sigmoid(lse - score)`: online softmax with one extra source.
@@ -97,6 +104,26 @@ def _merge_sum(mix, half_offset, query, recent, norm_floor, num_sources):
     taken = tanh / torch.rsub(tanh, num_sources / 2, alpha=num_sources / 2 - 1)
     merged = torch.lerp(mix, recent * num_sources, taken.to(mix.dtype))
     return merged, half_logit, taken, dot, norm
+
+
+class _SoftmaxAndLse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores):
+        weights = torch.softmax(scores, dim=0)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weights)
+        return weights, torch.logsumexp(scores, dim=0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weights_gradient, lse_gradient):
+        (weights,) = ctx.saved_tensors
+        if weights_gradient is None:
+            return None if lse_gradient is None else weights * lse_gradient
+        through_all = -(weights * weights_gradient).sum(0)
+        if lse_gradient is not None:
+            through_all += lse_gradient
+        return weights * (weights_gradient + through_all)
 
 
 class _MergeMean(torch.autograd.Function):

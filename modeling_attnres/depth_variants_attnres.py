@@ -26,9 +26,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .block_summaries_attnres import accumulation_dtype, norm_with_floor, without_autocast
+from .block_summaries_attnres import BlockSummaries, accumulation_dtype, norm_with_floor, without_autocast
 from .configuration_attnres import AttnResConfig
-from .depth_attention_attnres import FORMS, DepthAttention, DepthStream, MeanWeights, init_query
+from .depth_attention_attnres import FORMS, DepthAttention, DepthStream, MeanWeights, SumWeights, init_query
+from .depth_decode_attnres import DecodeMean, DecodeStream, DecodeSum, is_decode_step
+from .depth_full_attnres import FullMean, FullStream, FullSum
 
 
 # --- Parameters ------------------------------------------------------------------------------------------------------
@@ -140,8 +142,6 @@ class SourcesForm:
 
     def stream(self, *args, **kwargs) -> SourcesStream:
         return SourcesStream(*args, form=self, **kwargs)
-
-    decode_stream = stream
 
     def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (embedding,)
@@ -263,3 +263,38 @@ def build_depth_attention(config: AttnResConfig) -> tuple[DepthAttention, "type[
         "multi_head": MultiHead(config.depth_heads),
     }
     return DepthAttention(config.num_sublayers, config.text_config.hidden_size, config.depth_norm_eps), forms[kind]
+
+
+# The forms of the method itself have faster ways through one forward.
+DECODE_FORMS = {MeanWeights: DecodeMean, SumWeights: DecodeSum}
+FULL_FORMS = {MeanWeights: FullMean, SumWeights: FullSum}
+
+
+def open_stream(
+    form,
+    embedding: torch.Tensor,
+    queries: torch.Tensor,
+    norm_floor: torch.Tensor,
+    bank: BlockSummaries,
+    sublayers_per_block: int,
+    undivided: bool = True,
+) -> "DepthStream | DecodeStream":
+    """The depth side of one forward over all sublayers, in the way that is fastest for its shape.
+
+    Args:
+        form: from [`build_depth_attention`].
+        embedding: `[B, T, D]`, for its shape and device.
+        queries, norm_floor: from [`DepthAttention`].
+        bank: the block summaries to fill.
+        sublayers_per_block: S.
+        undivided: whether every sublayer reads and writes the bank itself: nothing that recomputes a layer, or hands
+            it copies, stands in between.
+    """
+    arguments = (queries, norm_floor, bank, sublayers_per_block)
+    if not undivided or torch.compiler.is_compiling() or form not in DECODE_FORMS:
+        return form.stream(*arguments)
+    if is_decode_step(embedding):
+        return DecodeStream(*arguments, form=DECODE_FORMS[form])
+    if sublayers_per_block == 1:
+        return FullStream(*arguments, form=FULL_FORMS[form])
+    return form.stream(*arguments)

@@ -61,8 +61,7 @@ from .block_summaries_attnres import BlockSummaries
 from .configuration_attnres import AttnResConfig
 from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, run_decoder_layers
 from .depth_attention_attnres import DepthAttention
-from .depth_decode_attnres import MAX_DECODE_BATCH
-from .depth_variants_attnres import build_depth_attention
+from .depth_variants_attnres import build_depth_attention, open_stream
 from .peft_attnres import register_peft_targets
 from .state_dict_attnres import to_model_names
 
@@ -237,8 +236,15 @@ class AttnResModel(AttnResPreTrainedModel):
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
         reuse = block_summaries is not None and not torch.compiler.is_compiling()
         bank = block_summaries if reuse else BlockSummaries()
-        depth_stream = self.depth_form.decode_stream if self._is_decode_step(embedding) else self.depth_form.stream
-        depth = depth_stream(queries, norm_floor, bank, self.config.sublayers_per_block)
+        depth = open_stream(
+            self.depth_form,
+            embedding,
+            queries,
+            norm_floor,
+            bank,
+            self.config.sublayers_per_block,
+            undivided=not any(self._is_run_apart(layer) for layer in self.backbone.layers),
+        )
         state = depth.start(embedding)
         wanted = self._wanted_hidden_states(kwargs)
         state, hidden_states, depth_weights = run_decoder_layers(
@@ -256,19 +262,9 @@ class AttnResModel(AttnResPreTrainedModel):
             block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
         )
 
-    def _is_decode_step(self, embedding: torch.Tensor) -> bool:
-        """Whether this forward may write its sources in place, as is fastest for one token per sequence.
-
-        Not where something comes in between: a backward, a compiler, autocast, or hooks that hand the layers copies on
-        other devices.
-        """
-        return (
-            embedding.shape[1] == 1
-            and embedding.shape[0] <= MAX_DECODE_BATCH
-            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-            and not torch.is_autocast_enabled(embedding.device.type)
-            and not any("_hf_hook" in vars(layer) for layer in self.backbone.layers)
-        )
+    def _is_run_apart(self, layer: AttnResDecoderLayer) -> bool:
+        """Whether a layer is recomputed in backward, or a hook hands it copies of its inputs on another device."""
+        return (self.training and layer.gradient_checkpointing) or "_hf_hook" in vars(layer)
 
     def _wanted_hidden_states(self, kwargs: dict) -> set[int]:
         """Indices of the hidden states that `output_hidden_states` asks for: none, all, or those it names."""

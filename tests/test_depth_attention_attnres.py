@@ -242,7 +242,7 @@ def test_phase_one_without_a_bank_equals_the_bank(depth_weights):
         depth = DepthStream(queries, norm_floor, BlockSummaries(), 1, FORMS[depth_weights])
         depth.start(sources[0])
         for source in sources[1:]:
-            depth._file(source)
+            depth.file(source)
         banked = depth.read(4, 6)
         direct = depth.form.read_sources(queries[4:6], sources, norm_floor)
     for one, other in zip(banked, direct):

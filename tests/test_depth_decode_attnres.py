@@ -6,6 +6,8 @@ from test_depth_attention_attnres import EPS, SCHEDULES, random_stack, relative_
 
 from modeling_attnres import BlockSummaries, attention_residuals
 from modeling_attnres.depth_attention_attnres import FORMS, DepthAttention
+from modeling_attnres.depth_decode_attnres import DecodeStream, is_decode_step
+from modeling_attnres.depth_variants_attnres import open_stream
 
 
 def one_token(num_sublayers, query_scale, dtype):
@@ -19,7 +21,10 @@ def decode(stack, sublayers_per_block, depth_weights, bank=None):
     fold = DepthAttention(len(sublayers), embedding.shape[-1], EPS)
     with torch.no_grad():
         queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
-        depth = FORMS[depth_weights].decode_stream(queries, norm_floor, bank or BlockSummaries(), sublayers_per_block)
+        depth = open_stream(
+            FORMS[depth_weights], embedding, queries, norm_floor, bank or BlockSummaries(), sublayers_per_block
+        )
+        assert isinstance(depth, DecodeStream)
         state, mixes, all_weights = depth.start(embedding), [], []
         ((first, last),) = depth.groups
         for index, read in enumerate(depth.read(first, last)):
@@ -93,3 +98,14 @@ def test_a_used_bank_leaves_no_trace(depth_weights):
         assert all(map(torch.equal, again, expected))
         decode(one_token(12, 2.0, torch.float32), 4, depth_weights, bank)
         assert torch.equal(sources, kept)
+
+
+def test_what_counts_as_a_decode_step():
+    embedding = torch.zeros(2, 1, 8)
+    assert not is_decode_step(embedding)  # with gradients
+    with torch.no_grad():
+        assert is_decode_step(embedding)
+        assert not is_decode_step(embedding.expand(2, 2, 8))
+        assert not is_decode_step(embedding[:1].expand(33, 1, 8))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not is_decode_step(embedding)

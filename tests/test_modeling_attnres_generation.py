@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from tiny_backbones import BACKBONES, tiny_backbone, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from modeling_attnres import BlockSummaries, modeling_attnres
+from modeling_attnres import BlockSummaries, depth_decode_attnres
 
 
 NEW_TOKENS = 8
@@ -200,7 +199,7 @@ def test_a_decode_step_is_the_two_phase_computation(sublayers_per_block, depth_w
     model = tiny_model("llama", sublayers_per_block, depth_weights).to(dtype)
     outputs = []
     for largest_batch in (32, 0):  # in one pass, in two phases
-        monkeypatch.setattr(modeling_attnres, "MAX_DECODE_BATCH", largest_batch)
+        monkeypatch.setattr(depth_decode_attnres, "MAX_DECODE_BATCH", largest_batch)
         with torch.no_grad():
             cache = model(tiny_inputs(), use_cache=True).past_key_values
             outputs.append(
@@ -218,23 +217,6 @@ def test_a_decode_step_is_the_two_phase_computation(sublayers_per_block, depth_w
     for name in ("logits", "hidden_states", "depth_weights", "block_summaries"):
         torch.testing.assert_close(one_pass[name], two_phase[name], **tolerance)
     assert one_pass.block_summaries.dtype == dtype
-
-
-def test_only_plain_decode_steps_write_in_place():
-    model = tiny_model("llama", 2)
-    embedding = torch.zeros(2, 1, model.config.hidden_size)
-    with torch.no_grad():
-        assert model.model._is_decode_step(embedding)
-        assert not model.model._is_decode_step(embedding.expand(2, 2, -1))
-        assert not model.model._is_decode_step(embedding[:1].expand(33, 1, -1))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not model.model._is_decode_step(embedding)
-        add_hook_to_module(model.model.backbone.layers[1], ModelHook())
-        assert not model.model._is_decode_step(embedding)
-        remove_hook_from_module(model.model.backbone.layers[1])
-        assert model.model._is_decode_step(embedding)
-        assert not model.train().model._is_decode_step(embedding)
-    assert not model.eval().model._is_decode_step(embedding)  # with gradients
 
 
 def test_a_bank_serves_inference_mode_and_no_grad_in_turn():

@@ -119,8 +119,10 @@ def saved_for_backward(lineup: Lineup, variant: str, tokens: int, batch: int = 1
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = model(**arguments)
-    if bank is not None:
-        storages |= bank_storages(bank)
+    if bank is not None:  # of which backward reads the sources and their norms
+        storages |= {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in (bank.sources, bank.norms)
+        }
     saved = sum(storage.nbytes() for storage in storages.values())
     del outputs
     storages.clear()
