@@ -51,11 +51,55 @@ def without_autocast(function: Callable) -> Callable:
     return wrapper
 
 
+# An allocator maps and unmaps tensors of this size each time, which costs more than to fill them.
+REUSED_BYTES = 2**24
+
+
+# Products of so many tokens stay in a processor's cache until they are laid out row by row.
+TOKENS_AT_ONCE = 64
+
+
 def weighted_sum(weights: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """`[n, R, B, T]` weights and `[n, B, T, D]` sources to `[B, T, R, D]`, one small matrix product per token."""
-    per_token = weights.flatten(2).permute(2, 1, 0).contiguous()  # [M, R, n]: batched products want it so
-    rows = torch.bmm(per_token, sources.flatten(1, 2).transpose(0, 1))
-    return rows.view(*sources.shape[1:3], -1, sources.shape[-1])
+    """`[n, R, B, T]` weights and `[n, B, T, D]` sources to `[R, B, T, D]`, one small matrix product per token."""
+    rows = torch.bmm(_per_token(weights), sources.flatten(1, 2).transpose(0, 1))
+    return rows.transpose(0, 1).unflatten(1, sources.shape[1:3])
+
+
+def _per_token(weights: torch.Tensor) -> torch.Tensor:
+    return weights.flatten(2).permute(2, 1, 0).contiguous()  # [M, R, n]: batched products want it so
+
+
+def _contiguous_weighted_sum(weights: torch.Tensor, sources: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """[`weighted_sum`] without gradients, for many tokens: each row `[B, T, D]` is contiguous, and faster to read.
+
+    Args:
+        out: `[R, M, D]`, memory for the result.
+    """
+    per_token, sources_per_token = _per_token(weights), sources.flatten(1, 2).transpose(0, 1)
+    rows = sources.new_empty(weights.shape[1], *sources_per_token.shape[::2]) if out is None else out
+    for start in range(0, len(per_token), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        rows[:, part].copy_(torch.bmm(per_token[part], sources_per_token[part]).transpose(0, 1))
+    return rows.unflatten(1, sources.shape[1:3])
+
+
+def _sum_rows(weights: torch.Tensor, sources: torch.Tensor, memory: Callable | None = None) -> torch.Tensor:
+    # A compiler plans memory itself, and the number of tokens is free in its code.
+    if torch.compiler.is_compiling() or weights.shape[2] * weights.shape[3] <= TOKENS_AT_ONCE:
+        return weighted_sum(weights, sources)
+    return _contiguous_weighted_sum(weights, sources, None if memory is None else memory(weights))
+
+
+def own_copy(row: torch.Tensor) -> torch.Tensor:
+    """A row of [`BlockSummaries.weighted_sum`] `[B, T, D]` that may be kept.
+
+    A copy where keeping the row would keep all of its group for backward, or where the next group is written over it.
+    """
+    if torch.compiler.is_compiling():
+        return row  # who keeps what is the compiler's affair
+    if torch.is_grad_enabled() or row.untyped_storage().nbytes() >= REUSED_BYTES:
+        return row.clone()
+    return row
 
 
 def norm_with_floor(values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
@@ -125,7 +169,7 @@ class _LinkRows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weights)
         ctx.sources = sources
-        return weighted_sum(weights, sources[: len(weights)]), link.view_as(link)
+        return _sum_rows(weights, sources[: len(weights)]), link.view_as(link)
 
     @staticmethod
     def backward(ctx, rows_gradient, link_gradient):
@@ -133,7 +177,7 @@ class _LinkRows(torch.autograd.Function):
             return link_gradient, None, None
         (weights,) = ctx.saved_tensors
         n = len(weights)
-        rows_gradient = rows_gradient.flatten(0, 1)  # [M, R, D]
+        rows_gradient = rows_gradient.flatten(1, 2).transpose(0, 1)  # [M, R, D]
         live = ctx.sources[:n].flatten(1, 2).transpose(0, 1)  # [M, n, D]
         weights_gradient = torch.bmm(rows_gradient, live.transpose(1, 2)).permute(2, 1, 0).reshape(weights.shape)
         if ctx.needs_input_grad[0]:
@@ -183,6 +227,7 @@ class BlockSummaries:
         self.length = 0
         self.link = self._score_link = None
         self._live: dict[int, LiveSources] = {}
+        self._rows: torch.Tensor | None = None
 
     def reset(self, like: torch.Tensor, capacity: int, num_queries: int):
         """Empties the bank for a forward over `like` `[B, T, D]`, keeping the allocation if it fits.
@@ -225,6 +270,7 @@ class BlockSummaries:
         self.norms = like.new_empty(shape[:-1], dtype=accumulation_dtype(dtype))
         self.scores = like.new_empty((shape[0], num_queries, *shape[1:-1]), dtype=self.norms.dtype)
         self._live.clear()
+        self._rows = None
 
     @property
     def inv_rms(self) -> torch.Tensor:
@@ -280,9 +326,20 @@ class BlockSummaries:
 
     @without_autocast
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
-        """Sums over the live sources with weights `[n, R, B, T]`: `[B, T, R, D]` in the sources' dtype."""
+        """Sums over the live sources with weights `[n, R, B, T]`: `[R, B, T, D]` in the sources' dtype."""
         weights = weights.to(self.sources.dtype)
         if self.link is None:
-            return weighted_sum(weights, self.sources[: self.length])
+            return _sum_rows(weights, self.sources[: self.length], self._memory_for_rows)
         rows, self.link = _LinkRows.apply(self.link, weights, self.sources)
         return rows
+
+    def _memory_for_rows(self, weights: torch.Tensor) -> torch.Tensor | None:
+        """The same memory for every group of a forward without gradients, where rows are large: see `REUSED_BYTES`."""
+        _, num_rows, batch, tokens = weights.shape
+        shape = (num_rows, batch * tokens, self.sources.shape[-1])
+        size = math.prod(shape)
+        if size * self.sources.element_size() < REUSED_BYTES:
+            return None
+        if self._rows is None or len(self._rows) < size:
+            self._rows = self.sources.new_empty(size)
+        return self._rows[:size].view(shape)

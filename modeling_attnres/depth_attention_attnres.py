@@ -36,6 +36,7 @@ from .block_summaries_attnres import (
     BlockSummaries,
     accumulation_dtype,
     norm_with_floor,
+    own_copy,
     weighted_sum,
     without_autocast,
 )
@@ -134,7 +135,7 @@ def read_bank(
     """
     scores = bank.score(first, last)
     weights, stat = form.phase_one(scores)
-    return _as_reads(queries[first:last], bank.weighted_sum(weights).unbind(-2), stat, scores)
+    return _as_reads(queries[first:last], bank.weighted_sum(weights).unbind(0), stat, scores)
 
 
 def read_one_source(
@@ -178,7 +179,7 @@ class MeanWeights:
         values = stacked.to(queries.dtype)
         scores = ((values @ queries.T) / norm_with_floor(values, norm_floor)).movedim(-1, 1)  # [n, R, B, T]
         weights, stat = cls.phase_one(scores)
-        return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked).unbind(-2), stat, scores)
+        return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked).unbind(0), stat, scores)
 
     @staticmethod
     def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,8 +207,7 @@ class MeanWeights:
             `[B, T, 1]`, or `None` without one.
         """
         if not state:
-            # A copy, so that whoever keeps the mix for its backward does not keep all rows of the group with it.
-            return (read.row.clone() if torch.is_grad_enabled() else read.row), None
+            return own_copy(read.row), None
         (recent,) = state
         return merge_mean(read.row, read.stat, read.query, recent, norm_floor)
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .block_summaries_attnres import BlockSummaries, without_autocast
+from .block_summaries_attnres import BlockSummaries, own_copy, without_autocast
 from .depth_attention_attnres import MAX_GROUP_SUBLAYERS, DepthRead, DepthStream, MeanWeights, SumWeights
 
 
@@ -181,8 +181,7 @@ class FullMean(MeanWeights):
         base = cls.base(earlier, *state)
         scores = bank.score(read.sublayer, read.sublayer + 1, slice(read.start, None)).squeeze(1)
         if len(scores) == 0:
-            # A copy, so that whoever keeps the mix for its backward does not keep all rows of the group with it.
-            return (base.clone() if torch.is_grad_enabled() else base), scores
+            return own_copy(base), scores
         return merge_slots(cls.coefficients, base, earlier.stat, scores, bank, read.start), scores
 
     @classmethod

@@ -34,6 +34,7 @@ def attention_residuals(
     sublayers_per_block: int,
     depth_weights: str = "mean",
     impl: str = "two_phase",
+    block_summaries: BlockSummaries | None = None,
 ) -> torch.Tensor:
     """A stack of sublayers whose residual adds are attention over depth.
 
@@ -45,6 +46,7 @@ def attention_residuals(
         sublayers_per_block: S, from 1 (Full AttnRes) to L.
         depth_weights: `"mean"` or `"sum"`.
         impl: `"two_phase"` (Algorithm 1) or `"naive"` (Figure 2, generalised to any S).
+        block_summaries: an allocation to reuse, as in [`AttnResModel`]; only for `"two_phase"`.
 
     Returns:
         `[B, T, D]`: the output mix, which a PreNorm model would hand to its final norm.
@@ -67,8 +69,10 @@ def attention_residuals(
             raise ValueError(
                 f"`{name}` must be [{num_sublayers}, {embedding.shape[-1]}], got {list(parameter.shape)}."
             )
-    run = _naive_stack if impl == "naive" else _two_phase_stack
-    return run(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights)
+    arguments = (embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights)
+    if impl == "naive":
+        return _naive_stack(*arguments)
+    return _two_phase_stack(*arguments, block_summaries or BlockSummaries())
 
 
 def _naive_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights):
@@ -87,10 +91,10 @@ def _naive_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block
     return naive_depth_attention(torch.stack(sources), query[-1], key_norm[-1], eps, depth_weights)[0]
 
 
-def _two_phase_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights):
+def _two_phase_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_block, depth_weights, bank):
     fold = DepthAttention(len(sublayers), embedding.shape[-1], eps)
     queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
-    depth = open_stream(FORMS[depth_weights], embedding, queries, norm_floor, BlockSummaries(), sublayers_per_block)
+    depth = open_stream(FORMS[depth_weights], embedding, queries, norm_floor, bank, sublayers_per_block)
     state = depth.start(embedding)
     for first, last in depth.groups:
         for index, read in enumerate(depth.read(first, last), start=first):

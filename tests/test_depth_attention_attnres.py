@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_attnres import attention_residuals, naive_depth_attention
+from modeling_attnres import attention_residuals, block_summaries_attnres, naive_depth_attention
 from modeling_attnres.block_summaries_attnres import BlockSummaries
 from modeling_attnres.depth_attention_attnres import (
     FORMS,
@@ -55,6 +55,31 @@ def test_two_phase_equals_naive(num_sublayers, sublayers_per_block, depth_weight
     for name, value, reference in zip(("output", "embedding", "query", "key_norm"), two_phase, naive):
         # fp64 rounding over a stack: the two are equal in exact arithmetic
         assert relative_error(value, reference) < 1e-12, name
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+@pytest.mark.parametrize(("num_sublayers", "sublayers_per_block"), SCHEDULES)
+def test_many_tokens_equal_naive(num_sublayers, sublayers_per_block, depth_weights, monkeypatch):
+    """Ten tokens are many if four are a lot: rows in parts, and in memory that the next group writes over."""
+    monkeypatch.setattr(block_summaries_attnres, "TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(block_summaries_attnres, "REUSED_BYTES", 1)
+    stack = random_stack(num_sublayers, 0.5, torch.float64)
+    kwargs = {"sublayers_per_block": sublayers_per_block, "depth_weights": depth_weights}
+    naive = output_and_gradients(stack, impl="naive", **kwargs)
+    for name, value, reference in zip(
+        ("output", "embedding", "query", "key_norm"), output_and_gradients(stack, **kwargs), naive
+    ):
+        assert relative_error(value, reference) < 1e-12, name  # fp64 rounding over a stack
+
+    embedding, sublayers, query, key_norm, _ = stack
+    mixes = []  # kept beyond the next group, as a hook might
+    kept = [lambda x, sublayer=sublayer: mixes.append((x, x.clone())) or sublayer(x) for sublayer in sublayers]
+    with torch.no_grad():
+        bank = BlockSummaries()
+        for _ in range(2):
+            output = attention_residuals(embedding, kept, query, key_norm, EPS, block_summaries=bank, **kwargs)
+            assert relative_error(output, naive[0]) < 1e-12
+    assert all(torch.equal(mix, copy) for mix, copy in mixes)
 
 
 @pytest.mark.parametrize("depth_weights", FORMS)

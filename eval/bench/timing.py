@@ -238,8 +238,9 @@ def mixer_actions(
     query = (torch.randn(num_sublayers, hidden_size, generator=generator) * 0.03).to(dtype)
     key_norm = torch.ones(num_sublayers, hidden_size, dtype=dtype)
     arguments = (embedding, sublayers, query, key_norm, 1e-6, sublayers_per_block)
+    mean_bank, sum_bank = BlockSummaries(), BlockSummaries()  # kept from call to call, as `generate` does
     return {
-        "mean": lambda: attention_residuals(*arguments, "mean"),
-        "sum": lambda: attention_residuals(*arguments, "sum"),
+        "mean": lambda: attention_residuals(*arguments, "mean", block_summaries=mean_bank),
+        "sum": lambda: attention_residuals(*arguments, "sum", block_summaries=sum_bank),
         "figure2": lambda: figure2_stack(*arguments),
     }

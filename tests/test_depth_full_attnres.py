@@ -1,0 +1,123 @@
+"""Full AttnRes by groups: the schedule, what it keeps for backward, weights, and where it steps aside."""
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from test_depth_attention_attnres import EPS, output_and_gradients, random_stack, relative_error
+from tiny_backbones import tiny_inputs, tiny_model
+
+from modeling_attnres import BlockSummaries, depth_full_attnres
+from modeling_attnres.depth_attention_attnres import FORMS, DepthAttention, DepthStream
+from modeling_attnres.depth_full_attnres import FullStream, mean_coefficients, sum_coefficients
+from modeling_attnres.depth_variants_attnres import open_stream
+
+
+def open_full(stack, depth_weights):
+    embedding, sublayers, query, key_norm, _ = stack
+    fold = DepthAttention(len(sublayers), embedding.shape[-1], EPS)
+    queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
+    depth = open_stream(FORMS[depth_weights], embedding, queries, norm_floor, BlockSummaries(), 1)
+    assert isinstance(depth, FullStream)
+    return depth
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+@pytest.mark.parametrize("num_sublayers", [2, 6, 8, 10, 30])
+def test_values_and_gradients_equal_naive(num_sublayers, depth_weights):
+    stack = random_stack(num_sublayers, 0.5, torch.float64)
+    kwargs = {"sublayers_per_block": 1, "depth_weights": depth_weights}
+    naive = output_and_gradients(stack, impl="naive", **kwargs)
+    for name, value, reference in zip(
+        ("output", "embedding", "query", "key_norm"), output_and_gradients(stack, **kwargs), naive
+    ):
+        assert relative_error(value, reference) < 1e-12, name  # fp64 rounding over a stack
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+def test_weights_behind_a_mix_reproduce_it(depth_weights):
+    stack = random_stack(20, 1.0, torch.float64)
+    depth = open_full(stack, depth_weights)
+    state = depth.start(stack[0])
+    for first, last in depth.groups:
+        for index, read in enumerate(depth.read(first, last), start=first):
+            mix, scores = depth.form.phase_two(read, depth.norm_floor, *state)
+            weights = depth.form.mix_weights(read, scores)
+            assert weights.shape == (2, 5, index + 1)
+            torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights, depth.stacked_sources(state)), mix)
+            state = depth.form.advance(read, state, stack[1][index](mix), True)
+        state = depth.close(state, last)
+    mix, weights = depth.mix_output(state, with_weights=True)
+    torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights, depth.stacked_sources(state)), mix)
+    torch.testing.assert_close(depth.form.recents(state)[-1], depth.sources[-1])
+
+
+@pytest.mark.parametrize("coefficients", [mean_coefficients, sum_coefficients])
+@pytest.mark.parametrize("scale", [1.0, 200.0], ids=["moderate", "would overflow"])
+def test_coefficients_are_those_of_one_softmax(coefficients, scale):
+    earlier, own = torch.randn(5, 2, 3).double(), scale * torch.randn(4, 2, 3).double()
+    expected = torch.softmax(torch.cat([earlier, own]), dim=0)
+    if coefficients is mean_coefficients:
+        parts = coefficients(earlier.logsumexp(0), own, 9)
+        taken = expected[5:]
+        kept = expected[:5].sum(0)
+    else:
+        parts = coefficients(-0.5 * (earlier.logsumexp(0) - torch.tensor(5.0).double().log()), own, 9)
+        kept = 9 / 5 * expected[:5].sum(0)
+        taken = 9 * expected[5:] - kept
+    torch.testing.assert_close(parts.weights, expected[5:])
+    torch.testing.assert_close(parts.taken, taken)
+    torch.testing.assert_close(parts.kept, kept)
+
+
+def test_sums_of_equal_scores_are_anchored_exactly():
+    parts = sum_coefficients(torch.zeros(2, 3), torch.zeros(7, 2, 3), 20)
+    assert (parts.kept == 1).all()
+    assert (parts.taken == 0).all()
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+def test_a_merge_passes_gradcheck(depth_weights):
+    coefficients = {"mean": mean_coefficients, "sum": sum_coefficients}[depth_weights]
+    sources = [torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    base = torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True)
+    queries = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    stat = torch.randn(1, 2, 1, dtype=torch.float64, requires_grad=True)
+
+    def merge_twice(base, stat, queries, *sources):
+        bank = BlockSummaries()
+        bank.reset(sources[0], 3, 2)
+        mixes = []
+        for count, source in enumerate(sources):
+            bank.append(source, queries, torch.tensor(1e-3).double())
+            if count > 0:
+                scores = bank.score(count - 1, count, slice(1, None)).squeeze(1)
+                mixes.append(depth_full_attnres.merge_slots(coefficients, base, stat, scores, bank, 1))
+        return tuple(mixes)
+
+    assert torch.autograd.gradcheck(merge_twice, (base, stat, queries, *sources))
+
+
+def stream_of(model, training=False):
+    streams = []
+    original = model.model.backbone.layers[0].forward
+
+    def spy(*args, **kwargs):
+        streams.append(kwargs["form"])
+        return original(*args, **kwargs)
+
+    model.model.backbone.layers[0].forward = spy
+    model.train(training)(tiny_inputs())
+    return streams[0]
+
+
+def test_steps_aside_for_layers_that_are_run_apart():
+    assert stream_of(tiny_model("llama", 1)) is depth_full_attnres.FullMean
+    assert stream_of(tiny_model("llama", 2)) is FORMS["mean"]
+    hooked = tiny_model("llama", 1)
+    add_hook_to_module(hooked.model.backbone.layers[1], ModelHook())
+    assert stream_of(hooked) is FORMS["mean"]
+    assert isinstance(FORMS["mean"].stream(torch.zeros(3, 4), torch.tensor(0.0), BlockSummaries(), 1), DepthStream)
+    recomputing = tiny_model("llama", 1)
+    recomputing.gradient_checkpointing_enable()
+    assert stream_of(recomputing) is depth_full_attnres.FullMean
+    assert stream_of(recomputing, training=True) is FORMS["mean"]
