@@ -55,7 +55,9 @@ def without_autocast(function: Callable) -> Callable:
 REUSED_BYTES = 2**24
 
 
-# Products of so many tokens stay in a processor's cache until they are laid out row by row.
+# From so many tokens on, rows of phase 1 that lie apart are worth the calls that it takes to lay them out...
+MANY_TOKENS = 1024
+# ...from products over so many tokens, which stay in a processor's cache until then.
 TOKENS_AT_ONCE = 64
 
 
@@ -85,7 +87,7 @@ def _contiguous_weighted_sum(weights: torch.Tensor, sources: torch.Tensor, out: 
 
 def _sum_rows(weights: torch.Tensor, sources: torch.Tensor, memory: Callable | None = None) -> torch.Tensor:
     # A compiler plans memory itself, and the number of tokens is free in its code.
-    if torch.compiler.is_compiling() or weights.shape[2] * weights.shape[3] <= TOKENS_AT_ONCE:
+    if torch.compiler.is_compiling() or weights.shape[2] * weights.shape[3] < MANY_TOKENS:
         return weighted_sum(weights, sources)
     return _contiguous_weighted_sum(weights, sources, None if memory is None else memory(weights))
 

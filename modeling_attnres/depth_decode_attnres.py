@@ -22,7 +22,7 @@ fp32, which for one token is little. Not for training: the bank is written in pl
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -45,8 +45,12 @@ def is_decode_step(embedding: torch.Tensor) -> bool:
     )
 
 
-class DecodeRead(NamedTuple):
+@dataclass(slots=True, eq=False)
+class DecodeRead:
     """What one sublayer reads, and where its output goes.
+
+    Not a tuple, on purpose: whoever walks through a layer's arguments and replaces tensors (FSDP casts them) would hand
+    the layer copies of what it has to write.
 
     Attributes:
         live: the sources that it sees.

@@ -16,10 +16,11 @@
 Letters: B batch, T tokens, M = B * T, D hidden size, L sublayers, n sources of a mix, j of them from its own group.
 
 With one sublayer per block every output is a source. Reading all of them once per decoder layer is what makes Full
-expensive, so phase 1 runs once per group of eight sublayers, outputs are filed as they appear, and phase 2 merges the
-up to eight of its own group in one product. In backward both leave their gradients in the bank's.
+expensive, so phase 1 runs once per group of up to eight sublayers, outputs are filed as they appear, and phase 2 merges
+those of its own group in one product. In backward both leave their gradients in the bank's.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -97,16 +98,12 @@ def merge_slots(coefficients, base: torch.Tensor, stat: torch.Tensor, scores, ba
 
 
 def _merge_slots(base: torch.Tensor, parts: Coefficients, sources: torch.Tensor) -> torch.Tensor:
-    kept = (base * parts.kept.unsqueeze(-1)).to(base.dtype)  # `kept` itself is not rounded
-    mix = torch.baddbmm(
-        kept.flatten(0, 1).unsqueeze(1),
-        _per_token(parts.taken, base.dtype).transpose(1, 2),
-        sources.flatten(1, 2).transpose(0, 1),
-    )
-    return mix.view_as(base)
+    own = torch.bmm(_columns(parts.taken, base.dtype).transpose(1, 2), sources.flatten(1, 2).transpose(0, 1))
+    # In half precision `kept` and its product are not rounded.
+    return torch.addcmul(own.view_as(base), base, parts.kept.unsqueeze(-1)).to(base.dtype)
 
 
-def _per_token(coefficients: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _columns(coefficients: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`[j, B, T]` to `[M, j, 1]`, as a view whose transpose batched products take without a copy."""
     return coefficients.to(dtype).flatten(1).unsqueeze(-1).transpose(0, 1)
 
@@ -142,15 +139,18 @@ class _MergeSlots(torch.autograd.Function):
         if link_gradient is None:
             link_gradient = mix_gradient.new_zeros(ctx.link_shape)
         in_slots = link_gradient[ctx.slots].flatten(1, 2).transpose(0, 1)
-        in_slots.baddbmm_(_per_token(taken, mix.dtype), gradient_per_token.transpose(1, 2))
+        in_slots.baddbmm_(_columns(taken, mix.dtype), gradient_per_token.transpose(1, 2))
         return link_gradient, base_gradient, stat_gradient, scores_gradient, None, None, None
 
 
 # --- Forms and stream ------------------------------------------------------------------------------------------------
 
 
-class FullRead(NamedTuple):
+@dataclass(slots=True, eq=False)
+class FullRead:
     """What phase 1 leaves for one sublayer, and where the sources of its own group are.
+
+    Not a tuple, on purpose: see [`DecodeRead`].
 
     Attributes:
         earlier: phase 1 over the sources of earlier groups.
@@ -188,8 +188,7 @@ class FullMean(MeanWeights):
     def mix_weights(cls, read: FullRead, scores: torch.Tensor) -> torch.Tensor:
         """The weights `[B, T, n]` of a mix, from what phase 1 and `phase_two` computed it with."""
         earlier = read.earlier.scores[:, read.earlier.position]
-        weights = torch.softmax(torch.cat([earlier, scores]).movedim(0, -1), dim=-1)
-        return weights if cls.coefficients is mean_coefficients else weights * weights.shape[-1]
+        return torch.softmax(torch.cat([earlier, scores]).movedim(0, -1), dim=-1)
 
     @classmethod
     def advance(cls, read: FullRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
@@ -202,24 +201,40 @@ class FullSum(FullMean, SumWeights):
 
     coefficients = staticmethod(sum_coefficients)
 
-    start = SumWeights.start
-
     @staticmethod
     def base(earlier: DepthRead, *state: torch.Tensor) -> torch.Tensor:
         return state[0] if earlier.row is None else state[0] + earlier.row
+
+    @classmethod
+    def mix_weights(cls, read: FullRead, scores: torch.Tensor) -> torch.Tensor:
+        weights = super().mix_weights(read, scores)
+        return weights * weights.shape[-1]
 
     @classmethod
     def advance(cls, read: FullRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
         return (state[0] + output, *super().advance(read, state, output, starts_block))
 
 
+def full_groups(num_sublayers: int) -> list[tuple[int, int]]:
+    """Runs `[first, last)` of whole decoder layers: of two, four and eight sublayers, then all of eight.
+
+    No mix has more sources of its own group than of earlier ones (and one). The anchored sum then scales the stream,
+    and what it has been rounded by, at most by two.
+    """
+    groups, first = [], 0
+    while first < num_sublayers:
+        last = min(first + min(first + 2, MAX_GROUP_SUBLAYERS), num_sublayers)
+        groups.append((first, last))
+        first = last
+    return groups
+
+
 class FullStream(DepthStream):
-    """The depth side of one forward with S = 1, over all L sublayers, eight of them in a group."""
+    """The depth side of one forward with S = 1, over all L sublayers."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        starts = range(0, self.num_sublayers, MAX_GROUP_SUBLAYERS)
-        self.groups = [(first, min(first + MAX_GROUP_SUBLAYERS, self.num_sublayers)) for first in starts]
+        self.groups = full_groups(self.num_sublayers)
 
     def read(self, first: int, last: int) -> list[FullRead]:
         """Phase 1 for the sublayers `[first, last)`; the output mix is one more row of the last group."""

@@ -109,3 +109,13 @@ def test_what_counts_as_a_decode_step():
         assert not is_decode_step(embedding[:1].expand(33, 1, 8))
         with torch.autocast("cpu", torch.bfloat16):
             assert not is_decode_step(embedding)
+
+
+def test_a_read_is_one_leaf_to_whoever_replaces_the_tensors_of_arguments():
+    embedding = torch.zeros(2, 1, 8)
+    with torch.no_grad():
+        depth = open_stream(FORMS["mean"], embedding, torch.zeros(5, 8), torch.tensor(1e-3), BlockSummaries(), 2)
+        depth.start(embedding)
+        reads = depth.read(0, 4)
+    cast = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.bfloat16, {"reads": reads})
+    assert all(one is other for one, other in zip(cast["reads"], reads))

@@ -136,18 +136,19 @@ def _figure(name: str, timings: dict[str, Timing], ours: str = "block") -> Figur
 
 def _prefill() -> tuple[list[Figure], dict]:
     figures, raw = [], {}
-    for dtype, tokens, rounds in (("fp32", 512, 9), ("bf16", 512, 11), ("bf16", 2048, 5)):
-        name = f"prefill {tokens} {dtype}"
+    for dtype, cases in (("fp32", ((512, 7),)), ("bf16", ((512, 7), (2048, 3)))):
         lineup = _gated(dtype, ["figure2", "block", "block-sum"])
-        raw[name] = time_prefill(lineup, 1, tokens, rounds, name)
-        figures.append(_figure(name, raw[name]))
+        for tokens, rounds in cases:
+            name = f"prefill {tokens} {dtype}"
+            raw[name] = time_prefill(lineup, 1, tokens, rounds, name)
+            figures.append(_figure(name, raw[name]))
     return figures, raw
 
 
 def _training() -> tuple[list[Figure], dict]:
     name = "training step 512 fp32"
     lineup = _gated("fp32", ["figure2", "block", "full", "block-sum", "full-sum"])
-    timings = time_training(lineup, 1, 512, rounds=5, description=name)
+    timings = time_training(lineup, 1, 512, rounds=3, description=name)
     full = {variant: timing for variant, timing in timings.items() if variant != "figure2"}
     return [_figure(f"{name}, Block", timings), _figure(f"{name}, Full", full, "full")], {name: timings}
 
@@ -156,7 +157,7 @@ def _decode() -> tuple[list[Figure], dict]:
     figures, raw = [], {}
     for dtype in ("fp32", "bf16"):
         lineup = _gated(dtype, ["figure2", "block", "block-sum"])
-        for batch, rounds in ((1, 150), (8, 50)):
+        for batch, rounds in ((1, 80), (8, 40)):
             name = f"decode {dtype}, batch {batch}"
             raw[name] = time_decode(lineup, batch, 512, rounds, description=name)
             figures.append(_figure(name, raw[name]))
@@ -165,7 +166,7 @@ def _decode() -> tuple[list[Figure], dict]:
 
 def _compiled() -> tuple[list[Figure], dict]:
     lineup = _gated("fp32", ["block", "block-sum"], COMPILED_SHAPE)
-    prefill, decode = time_compiled(lineup, 1, 512, rounds=15, description="compiled")
+    prefill, decode = time_compiled(lineup, 1, 512, rounds=10, description="compiled")
     raw = {"compiled prefill": prefill, "compiled decode": decode}
     return [_figure(name, timings) for name, timings in raw.items()], raw
 
@@ -236,7 +237,7 @@ def _against(timings: dict[str, Timing], reference: str) -> list[Ratio]:
 
 
 def sweep_mixers(
-    shape: Shape, tokens: tuple[int, ...], blocks: dict[int, int], sublayers: tuple[int, ...], rounds: int = 7
+    shape: Shape, tokens: tuple[int, ...], blocks: dict[int, int], sublayers: tuple[int, ...], rounds: int = 5
 ) -> dict[str, dict[str, Timing]]:
     """Depth attention alone against T, N and depth, everything else as in `shape` at T = 512.
 

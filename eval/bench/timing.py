@@ -16,6 +16,7 @@
 Letters: B batch, T tokens, D hidden size, L sublayers, S sublayers per block.
 """
 
+import copy
 import functools
 import gc
 import statistics
@@ -125,13 +126,16 @@ def time_prefill(lineup: Lineup, batch: int, tokens: int, rounds: int, descripti
 def time_decode(
     lineup: Lineup, batch: int, past: int, rounds: int, warmup: int = 10, description: str = ""
 ) -> dict[str, Timing]:
-    """One token per variant and round on a KV cache that starts at `past` tokens: all decode the same positions."""
+    """One token per variant and round on a KV cache that starts at `past` tokens: all decode the same positions.
+
+    The cache is filled once, by the base: what is in it does not change the time.
+    """
     prompt, token = random_tokens(lineup.shape, batch, past), random_tokens(lineup.shape, batch, 1)
     actions = {}
     with torch.no_grad():
+        filled = lineup.models["base"](input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
         for name, model in lineup.models.items():
-            cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
-            step = _step(model, token, cache)
+            step = _step(model, token, copy.deepcopy(filled))
             if model.config.model_type == AttnResConfig.model_type:
                 step = functools.partial(step, block_summaries=BlockSummaries())  # as `generate` does
             actions[name] = step

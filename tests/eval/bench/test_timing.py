@@ -67,7 +67,8 @@ def test_all_variants_decode_the_same_positions():
 
     time_decode(lineup, 1, past=6, rounds=3, warmup=1)
 
-    assert lengths == {name: [None, 6, 7, 8, 9] for name in lineup.models}
+    assert lengths.pop("base") == [None, 6, 7, 8, 9]  # it fills the cache that all start from
+    assert lengths == {name: [6, 7, 8, 9] for name in lengths}
 
 
 @torch.no_grad()
