@@ -55,8 +55,9 @@ def without_autocast(function: Callable) -> Callable:
 REUSED_BYTES = 2**24
 
 
-# From so many tokens on, rows of phase 1 that lie apart are worth the calls that it takes to lay them out...
-MANY_TOKENS = 1024
+# From so many tokens on, rows of phase 1 that lie apart are worth the calls that it takes to lay them out; in half
+# precision, where smaller products are faster too, from fewer on...
+MANY_TOKENS, MANY_HALF_TOKENS = 1024, 128
 # ...from products over so many tokens, which stay in a processor's cache until then.
 TOKENS_AT_ONCE = 64
 
@@ -87,9 +88,11 @@ def _contiguous_weighted_sum(weights: torch.Tensor, sources: torch.Tensor, out: 
 
 def _sum_rows(weights: torch.Tensor, sources: torch.Tensor, memory: Callable | None = None) -> torch.Tensor:
     # A compiler plans memory itself, and the number of tokens is free in its code.
-    if torch.compiler.is_compiling() or weights.shape[2] * weights.shape[3] < MANY_TOKENS:
-        return weighted_sum(weights, sources)
-    return _contiguous_weighted_sum(weights, sources, None if memory is None else memory(weights))
+    if not torch.compiler.is_compiling():
+        many = MANY_HALF_TOKENS if sources.element_size() == 2 else MANY_TOKENS
+        if weights.shape[2] * weights.shape[3] >= many:
+            return _contiguous_weighted_sum(weights, sources, None if memory is None else memory(weights))
+    return weighted_sum(weights, sources)
 
 
 def own_copy(row: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from modeling_attnres.eval.bench import published
-from modeling_attnres.eval.bench.models import PRESETS
+from modeling_attnres.eval.bench.counting import operations_per_sublayer
+from modeling_attnres.eval.bench.models import PRESETS, build_lineup
 from modeling_attnres.eval.bench.published import (
     BARS,
     SHAPE,
@@ -31,10 +32,12 @@ def test_sum_is_held_to_its_own_count_of_operations():
     assert (row["sum"], row["sum must"]) == (13.0, 12.0)
 
 
-def test_block_keeps_its_bar_for_saved_bytes_and_figure_2_its_known_cost():
-    block, _ = saved_figures(SHAPE, tokens=32)
+def test_saved_bytes_keep_their_bars_and_figure_2_its_known_cost():
+    block, full = saved_figures(SHAPE, tokens=32)
 
     assert max(block.mean.median, block.sum.median) <= BARS[block.name].must
+    assert full.mean.median <= BARS[full.name].must
+    assert full.sum.median <= 1.13  # its phase 1 keeps more per source
     assert block.figure2.median == pytest.approx(2.63, abs=0.01)
 
 
@@ -44,6 +47,15 @@ def test_operations_of_a_sublayer_keep_their_bars():
     assert figure.mean.median <= BARS[figure.name].must
     assert figure.sum.median <= BARS[figure.name].sum_must
     assert figure.figure2.median == pytest.approx(9.87, abs=0.01)
+
+
+def test_a_decoded_token_takes_fewer_operations_still():
+    lineup = build_lineup(SHAPE.narrow(), ["block", "block-sum", "full"])
+    counts = {name: operations_per_sublayer(lineup, name, tokens=1, past=4).compute for name in lineup.models}
+
+    # Norm, product, division, softmax, product; for sums an excess, and the stream beside the open block.
+    assert counts.pop("base") == 0
+    assert counts == pytest.approx({"block": 5.2, "block-sum": 7.2, "full": 5.2}, abs=0.05)
 
 
 def test_summaries_of_a_chunked_prefill_keep_their_bar():
