@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .block_summaries_attnres import BlockSummaries, LiveSources
+from .block_summaries_attnres import LiveSources
+from .depth_attention_attnres import DepthStream
 
 
 # Larger batches are moved faster in two phases.
@@ -128,28 +129,11 @@ class DecodeSum(DecodeMean):
         return (stream + output,)
 
 
-class DecodeStream:
-    """The depth side of one decode step: the steps of [`DepthStream`], all sublayers in one group.
+class DecodeStream(DepthStream):
+    """The depth side of one decode step, all sublayers in one group. `form` is [`DecodeMean`] or [`DecodeSum`]."""
 
-    Args:
-        queries, norm_floor: from [`DepthAttention`].
-        bank: the block summaries to fill.
-        sublayers_per_block: S.
-        form: [`DecodeMean`] or [`DecodeSum`].
-    """
-
-    def __init__(
-        self,
-        queries: torch.Tensor,
-        norm_floor: torch.Tensor,
-        bank: BlockSummaries,
-        sublayers_per_block: int,
-        form: type[DecodeMean],
-    ):
-        self.queries, self.norm_floor, self.bank = queries, norm_floor, bank
-        self.sublayers_per_block = sublayers_per_block
-        self.form = form
-        self.num_sublayers = len(queries) - 1
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.groups = [(0, self.num_sublayers)]
 
     def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -170,17 +154,6 @@ class DecodeStream:
             reads.append(DecodeRead(lives[started], query, openings[started], self.dtype))
         *reads, self.output_read = reads
         return reads
-
-    def close(self, state: tuple[torch.Tensor, ...], next_sublayer: int) -> tuple[torch.Tensor, ...]:
-        """Nothing is left to file."""
-        return state
-
-    def mix_output(
-        self, state: tuple[torch.Tensor, ...], with_weights: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The output mix `[B, 1, D]` over all sources, and if asked its weights `[B, 1, n]`."""
-        mix, weights = self.form.phase_two(self.output_read, self.norm_floor, *state)
-        return mix, self.form.mix_weights(self.output_read, weights) if with_weights else None
 
     def stacked_sources(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """All sources in order of depth, `[B, 1, n, D]`, as a copy that outlives the bank."""

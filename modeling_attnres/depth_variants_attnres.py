@@ -278,7 +278,7 @@ def open_stream(
     bank: BlockSummaries,
     sublayers_per_block: int,
     undivided: bool = True,
-) -> "DepthStream | DecodeStream":
+) -> DepthStream:
     """The depth side of one forward over all sublayers, in the way that is fastest for its shape.
 
     Args:
