@@ -117,8 +117,9 @@ def table(results: dict[str, dict]) -> str:
     lines = [
         "# Versions of Transformers",
         "",
-        "The fast suite on each minor version that `setup.py` allows, as counted by `make test-matrix`. Tests that call what a",
-        "version does not have yet are not applicable there.",
+        "The fast suite on each minor version that `setup.py` allows, as counted by `make test-matrix` with the other packages of",
+        "`constraints.txt`. Tests that call what a version does not have yet are not applicable there. Checkpoints and adapters",
+        "written under the newest version answer the same under the oldest, by their own code, and the reverse.",
         "",
         "| Transformers | passed | failed | not applicable |",
         "|---|---|---|---|",
