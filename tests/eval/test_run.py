@@ -115,6 +115,36 @@ class TestCommand:
         for row in compare_models(models, resamples=99).rows["b"]:
             assert (row.difference.value, row.difference.p_value) == (0, 1)
 
+    def test_a_model_that_counts_to_nan(self, checkpoint, tmp_path, capsys):
+        """Its accuracies look like numbers; the comparison ends in one sentence instead of a difference."""
+        broken = AutoModelForCausalLM.from_pretrained(checkpoint)
+        broken.lm_head.weight.data[5] = float("nan")
+        broken.save_pretrained(tmp_path / "broken")
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "broken")
+        for model, name in ((checkpoint, "good"), (tmp_path / "broken", "nan")):
+            assert self.run(model, tmp_path / name, "--tasks", "attnres_lookup_1", "--limit", "4") == 0
+        capsys.readouterr()
+        for sides in (("good", "nan"), ("nan", "good")):
+            assert main(["compare", *(str(tmp_path / side) for side in sides)]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"{tmp_path / 'nan'}: task attnres_lookup_1, item 0: the log-likelihood of an answer is nan" in line
+
+    def test_another_longest_input(self, checkpoint, tmp_path, capsys):
+        options = ("--tasks", "attnres_bits_python", "--limit", "2")
+        assert self.run(checkpoint, tmp_path / "full", *options) == 0
+        assert self.run(checkpoint, tmp_path / "short", *options, "--model_args", "max_length=16") == 0
+        capsys.readouterr()
+        assert main(["compare", str(tmp_path / "full"), str(tmp_path / "short")]) == 2
+        error = capsys.readouterr().err
+        assert f"model argument max_length: {tmp_path / 'full'} has None, {tmp_path / 'short'} has 16" in error
+        assert "has 1024, " in error  # what it came to
+
+    def test_a_second_model_among_the_arguments(self, checkpoint, tmp_path, capsys):
+        options = ("--tasks", "attnres_lookup_1", "--model_args", "pretrained=elsewhere")
+        assert self.run(checkpoint, tmp_path / "out", *options) == 2
+        assert f"be the model given first, {checkpoint}; got elsewhere" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
     def test_unknown_task(self, checkpoint, tmp_path, capsys):
         assert self.run(checkpoint, tmp_path / "out", "--tasks", "no_such_task") == 2
         assert "Tasks not found: no_such_task" in capsys.readouterr().err
@@ -172,6 +202,51 @@ def test_model_hash_is_of_contents_and_names(checkpoint, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "depth_norm_eps": 0.5}))
     assert provenance.model_hash(copy) != first
+
+
+def write_files(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+def test_model_hash_tells_files_of_swapped_names_apart(tmp_path):
+    """The same bytes in another file are another model: weights of shards, say, or of two configs."""
+    first = write_files(tmp_path / "first", a="one", b="two")
+    swapped = write_files(tmp_path / "swapped", a="two", b="one")
+    renamed = write_files(tmp_path / "renamed", a="one", c="two")
+    hashes = [provenance.model_hash(folder) for folder in (first, swapped, renamed)]
+    assert len(set(hashes)) == 3
+
+
+def test_model_hash_counts_adapters_in_their_order(tmp_path):
+    model, one, two = (write_files(tmp_path / name, config=name) for name in ("model", "one", "two"))
+    combinations = [(model,), (model, one), (model, two), (model, one, two), (model, two, one), (one, model)]
+    assert len({provenance.model_hash(*folders) for folders in combinations}) == len(combinations)
+
+
+def test_model_hash_of_an_adapters_folder_counts_its_base(tmp_path):
+    base = write_files(tmp_path / "base", config="one")
+    adapter = write_files(tmp_path / "adapter", adapter_config=json.dumps({"base_model_name_or_path": str(base)}))
+    first = provenance.model_hash(adapter)
+    (base / "config.json").write_text("another")
+    assert provenance.model_hash(adapter) != first
+
+
+def test_provenance_hashes_model_and_adapter_together(tmp_path):
+    model, adapter = write_files(tmp_path / "model", config="m"), write_files(tmp_path / "adapter", weights="w")
+
+    def record(**arguments) -> dict:
+        provenance.write(tmp_path, {"pretrained": str(model), **arguments}, ["command"], 1.0, 1.0)
+        return json.loads((tmp_path / provenance.FILE_NAME).read_text())
+
+    assert record()["model_hash"] == provenance.model_hash(model)
+    found = record(peft=str(adapter))
+    assert (found["model"], found["peft"]) == (str(model), str(adapter))
+    assert found["model_hash"] == provenance.model_hash(model, adapter)
+    assert record(peft="name/on-the-hub")["model_hash"] is None  # only half of it could be hashed
+    assert record(subfolder="../adapter")["model_hash"] == provenance.model_hash(adapter)
 
 
 def offline(tmp_path) -> dict[str, str]:
