@@ -27,6 +27,7 @@ import yaml
 from . import provenance
 from .records import RunError
 from .tasks import TASKS_PATH
+from .tasks.offline.sandbox import ConfinementError
 
 
 # What lm-eval reports as ValueError before any model is run; other ValueErrors keep their traceback.
@@ -118,6 +119,8 @@ def run(model: str, output: Path, others: list[str]):
             if str(error).startswith(REQUEST_ERRORS):
                 raise RunError(str(error)) from error
             raise
+        except ConfinementError as error:
+            raise RunError(str(error)) from error
         if int(os.environ.get("RANK", "0")) == 0:  # only the first of several processes has results
             arguments = {"pretrained": model, **collect(partial)["config"]["model_args"]}
             command = ["attnres-eval", "run", model, *others]
