@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,14 @@ class TestCommand:
         assert self.run(checkpoint, tmp_path / "out", *options, "--gen_kwargs", "max_gen_toks=8") == 0
         items = load_run(tmp_path / "out").items("attnres_humaneval", "pass@1", "none")
         assert items.values.tolist() == [0.0]
+
+    def test_generated_code_where_it_cannot_be_confined(self, checkpoint, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+        options = ("--tasks", "attnres_humaneval", "--limit", "1", "--confirm_run_unsafe_code")
+        assert self.run(checkpoint, tmp_path / "out", *options) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("attnres-eval: error: generated code runs only where it can be confined: Linux on ")
+        assert not list(tmp_path.iterdir())
 
     def test_samples_that_lm_eval_could_not_save(self, checkpoint, tmp_path, monkeypatch, capsys):
         """lm-eval logs the failure and ends as if all were well."""
