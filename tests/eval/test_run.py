@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -289,15 +291,26 @@ def test_whole_offline_group_without_hub_or_cache(checkpoint, tmp_path):
     assert all(len(run.samples(task)) == 2 for task in run.tasks)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("own_tasks_only")
 def test_stock_lm_eval_with_remote_code(checkpoint, tmp_path):
-    """`lm_eval` alone knows neither architecture nor tasks: the checkpoint brings the one, --include_path the other."""
-    command = [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf", "--tasks", "attnres_lookup_1"]
-    command += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True", "--include_path", str(TASKS_PATH)]
-    command += ["--output_path", str(tmp_path / "run"), "--log_samples", "--limit", "2"]
-    subprocess.run(command, env=offline(tmp_path), check=True, capture_output=True)
-    samples = load_run(tmp_path / "run").samples("attnres_lookup_1")
+    """The README's command. `lm_eval` alone knows neither architecture nor tasks: the checkpoint brings the one,
+    --include_path the other. Its run is compared with one of `attnres-eval`."""
+    readme = (Path(__file__).parents[2] / "eval" / "README.md").read_text("utf-8")
+    (line,) = re.findall(r"^lm_eval (run .+)$", readme, re.MULTILINE)
+    line, places = re.subn(r'\$\(python -c "[^"]+ import TASKS_PATH; print\(TASKS_PATH\)"\)', str(TASKS_PATH), line)
+    assert places == 1
+    for name, value in (("path/to/model", checkpoint), ("attnres_offline", "attnres_lookup_1"), ("runs", tmp_path)):
+        assert line.count(name) == 1
+        line = line.replace(name, str(value))
+    # `python -m lm_eval` is the script `lm_eval`, wherever that was installed.
+    command = [sys.executable, "-m", "lm_eval", *shlex.split(line), "--limit", "2"]
+    subprocess.run(command, env=offline(tmp_path), cwd=tmp_path, check=True, capture_output=True)
+    stock = load_run(tmp_path / "stock")
     _, expected = evaluate(checkpoint, batch_size=1, tasks=("attnres_lookup_1",), limit=2)
-    for sample, wanted in zip(samples, expected["attnres_lookup_1"], strict=True):
+    for sample, wanted in zip(stock.samples("attnres_lookup_1"), expected["attnres_lookup_1"], strict=True):
         found = [response[0][0] for response in sample["resps"]]
         np.testing.assert_allclose(np.array(found, dtype=float), np.array(wanted[::2], dtype=float), rtol=1e-5)
+    TestCommand().run(checkpoint, tmp_path / "ours", "--tasks", "attnres_lookup_1", "--limit", "2")
+    models = [Model("stock", [stock]), Model("ours", [load_run(tmp_path / "ours")])]
+    (row,) = compare_models(models, resamples=99).rows["ours"]
+    assert (row.difference.value, row.gold_difference.value) == (0, 0)
