@@ -97,6 +97,8 @@ def _plain(value: object) -> object:
     """A value as it can be compared: none given is `{}`, `""` or null; numbers and names may be written as text."""
     if isinstance(value, dict | list) or value is None or value == "":
         return value or None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return str(value).removeprefix("torch.")
 
 

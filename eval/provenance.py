@@ -38,23 +38,25 @@ def model_hash(folder: Path, *adapters: Path) -> str:
 
     A folder that is itself an adapter counts together with the model that it was made for, where that is a folder too.
     """
+    base = _base_model(folder)
+    others = [*([base] if base and base.is_dir() else []), *adapters]
+    hashes = [_hash_of_files(each) for each in (folder, *others)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest() if others else hashes[0]
+
+
+def _hash_of_files(folder: Path) -> str:
     total = hashlib.sha256()
     for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
         with path.open("rb") as file:
             name = path.relative_to(folder).as_posix()
             total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
-    base = _base_model(folder)
-    others = [*([base] if base and base.is_dir() else []), *adapters]
-    for other in others:
-        total.update(f"{model_hash(other)}\0".encode())
     return total.hexdigest()
 
 
 def _base_model(folder: Path) -> Path | None:
-    """What an adapter's config names as its model."""
+    """What an adapter's config names as its model; Transformers loads that first, whatever else lies beside."""
     config = folder / "adapter_config.json"
-    # Beside whole weights it is a left-over of merging: the folder is a model.
-    if not config.is_file() or (folder / "config.json").is_file():
+    if not config.is_file():
         return None
     base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path")
     return Path(base) if base else None

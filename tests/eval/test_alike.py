@@ -86,6 +86,7 @@ def test_two_values_of_one_argument(compare):
         ({"pretrained": "a", "max_length": 512}, "pretrained=b,max_length=512"),  # lm-eval called from Python
         ({"pretrained": "a", "dtype": "torch.float32"}, {"pretrained": "b", "dtype": "float32"}),
         ({"pretrained": "a", "peft": None}, {"pretrained": "b"}),
+        ({"pretrained": "a", "max_length": 512}, {"pretrained": "b", "max_length": 512.0}),
     ],
 )
 def test_another_model_elsewhere_in_other_portions(compare, first, second):

@@ -239,7 +239,8 @@ def test_model_hash_counts_adapters_in_their_order(tmp_path):
 
 def test_model_hash_of_an_adapters_folder_counts_its_base(tmp_path):
     base = write_files(tmp_path / "base", config="one")
-    adapter = write_files(tmp_path / "adapter", adapter_config=json.dumps({"base_model_name_or_path": str(base)}))
+    settings = json.dumps({"base_model_name_or_path": str(base)})
+    adapter = write_files(tmp_path / "adapter", adapter_config=settings, config="as lm-eval wants one too")
     first = provenance.model_hash(adapter)
     (base / "config.json").write_text("another")
     assert provenance.model_hash(adapter) != first
