@@ -70,13 +70,24 @@ FORGERIES = {
         sys._getframe().f_trace = trace
         sys.settrace(trace)
         assert False
-        pass
+        reached = True
         """,
     "trace of the caller": """
         import sys
         sys._getframe(1).f_trace = lambda *arguments: None
         sys.settrace(lambda *arguments: None)
         assert False
+        """,
+    "monitoring that jumps": """
+        import sys
+        last = sys._getframe().f_lineno + 6
+        def line(code, number):
+            if number == last: sys._getframe(1).f_lineno = last + 1
+        sys.monitoring.use_tool_id(1, "tool")  # from Python 3.12 on
+        sys.monitoring.register_callback(1, sys.monitoring.events.LINE, line)
+        sys.monitoring.set_local_events(1, sys._getframe().f_code, sys.monitoring.events.LINE)
+        assert False
+        reached = True
         """,
     "profile": "import sys\nsys.setprofile(print)\nassert False",
     "audit hook": "import sys\nsys.addaudithook(print)\nassert False",

@@ -13,10 +13,10 @@
 # limitations under the License.
 """What runs in the confined process of `sandbox.py`: a program, or one side of calls between a function and its tests.
 
-On standard input, as JSON: the request of [`main`]. The process says `READY` on its channel of results before any of the
-program runs. That the program came to its end is told by a token. Until then the token is held by an iterator that no
-Python object leads to (no frame, variable, or module), and what would look for it otherwise is refused: see [`VETOED`].
-Whatever the program replaces, `os.write` for example, is in that iterator already.
+On standard input, as JSON: the request of [`prepare`]. The process says `READY` on its channel of results before any of
+the program runs. That the program came to its end is told by a token. Until then the token is held by an iterator that no
+Python object leads to (no frame, variable, or module), and what would look for it otherwise is refused: see
+[`refuse_introspection`]. Whatever the program replaces, `os.write` for example, is in that iterator already.
 """
 
 import builtins
@@ -42,11 +42,9 @@ def refuse_introspection():
 
     # All constants are part of the code, which cannot be reached: the program can change names but no decision.
     def veto(event, arguments):
-        if event in (
-            *("gc.get_objects", "gc.get_referrers", "gc.get_referents"),
-            *("sys.settrace", "sys.setprofile", "sys._current_frames", "sys._current_exceptions"),
-            *("sys.addaudithook", "sys.remote_exec", "cpython.PyInterpreterState_New"),
-        ) or event.startswith("ctypes."):
+        if event.startswith(
+            ("gc.get_", "ctypes.", "sys.monitoring.", "sys._current_", "cpython.PyInterpreterState_New")
+        ) or event in ("sys.settrace", "sys.setprofile", "sys.addaudithook", "sys.remote_exec"):
             raise PermissionError(f"{event} is not available in the sandbox")
 
     sys.addaudithook(veto)
