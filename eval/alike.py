@@ -129,7 +129,7 @@ def _shared_caches(runs: Sequence[Run]) -> list[str]:
         if not cache:
             continue
         other = users.setdefault(str(Path(cache)), run)
-        if _model(other) != _model(run):
+        if not _same_model(other, run):
             found.append(
                 f"use_cache: {other.folder} and {run.folder} both have {cache}, where the answers of one model are "
                 "taken for those of another; it needs a file for each model"
@@ -137,6 +137,8 @@ def _shared_caches(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def _model(run: Run) -> tuple:
-    arguments = model_arguments(run)
-    return run.provenance.get("model_hash"), *(arguments.get(name) for name in MODEL_ARGUMENTS[:2])
+def _same_model(*runs: Run) -> bool:
+    hashes = {run.provenance.get("model_hash") for run in runs}
+    if None not in hashes:
+        return len(hashes) == 1
+    return len({str(model_arguments(run).get("pretrained")) for run in runs}) == 1

@@ -102,6 +102,9 @@ class TestFilter:
     def test_files_are_opened_for_reading_only(self, machine):
         openat = self.numbers(machine, 257, 56)
         assert self.verdict(machine, openat, 0, 0, os.O_CLOEXEC) == ALLOWED
+        for flags in (0o200000, 0o100000, 0o400000, 0o40000):  # which of them is O_DIRECT depends on the machine
+            direct = self.numbers(machine, 0o40000, 0o200000)
+            assert self.verdict(machine, openat, 0, 0, flags) == (PERMISSION if flags == direct else ALLOWED)
         for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_APPEND, os.O_PATH, os.O_ASYNC, 3, 1 << 31):
             assert self.verdict(machine, openat, 0, 0, flags) == PERMISSION
         if machine == "x86_64":

@@ -86,7 +86,7 @@ def check_supported():
 
 @dataclass
 class _Child:
-    """A confined process that waits for nothing more; `results` is its channel's end on this side."""
+    """A process that confines itself and then runs a request; `results` is its channel's end on this side."""
 
     process: subprocess.Popen
     results: int
@@ -98,10 +98,10 @@ class _Child:
         Raises:
             TimeoutError: at the deadline.
         """
-        data = b""
+        data, poll = b"", select.poll()
+        poll.register(self.results, select.POLLIN)
         while len(data) < count:
-            ready, _, _ = select.select([self.results], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
                 raise TimeoutError
             part = os.read(self.results, count - len(data))
             if not part:

@@ -60,11 +60,15 @@ ALLOWED = {
     **{"getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177)},
     **{"uname": (63, 160), "sysinfo": (99, 179), "getrlimit": (97, 163), "getrandom": (318, 278)},
 }
-# ...others only some: (numbers, position of an argument, values of its lower half, or the bits that it may have).
-READING = os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | 0o100000 | 0o400000
+# ...others only some, see `bpf_program`.
 DESCRIPTORS = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC: no owners, locks, leases
 CLOSING = (0x5450, 0x5451)  # FIONCLEX, FIOCLEX: no terminals
-FILTERS = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # machine: (place in the tables, audit architecture)
+# machine: (place in the tables, audit architecture, flags of opening: O_CLOEXEC, O_NONBLOCK, O_NOCTTY, and O_DIRECTORY,
+# O_NOFOLLOW, O_LARGEFILE, which differ)
+FILTERS = {
+    "x86_64": (0, 0xC000003E, 0o2004400 | 0o200000 | 0o400000 | 0o100000),
+    "aarch64": (1, 0xC00000B7, 0o2004400 | 0o40000 | 0o100000 | 0o400000),
+}
 
 # Classic BPF: load a word, jump if equal / at least / any bit set, return.
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -89,8 +93,6 @@ LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", os.pa
 LIBRARIES += (f"/lib/{MACHINE}-linux-gnu", f"/usr/lib/{MACHINE}-linux-gnu")
 DATA = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/usr/lib/locale", "/dev/null")
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def bpf_program(machine: str, executable: int = EXECUTABLE) -> bytes:
     """The filter: another architecture's calls kill; calls and arguments that the tables do not name fail.
@@ -98,7 +100,7 @@ def bpf_program(machine: str, executable: int = EXECUTABLE) -> bytes:
     Args:
         executable: number of the file that `execveat` may run.
     """
-    place, architecture = FILTERS[machine]
+    place, architecture, reading = FILTERS[machine]
     code = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
     # From 2**30 on, x86-64 numbers mean the same calls once more, for 32-bit pointers.
     code += [(AT_LEAST, 0, 1, 1 << 30), (RETURN, 0, 0, KILL)]
@@ -114,7 +116,7 @@ def bpf_program(machine: str, executable: int = EXECUTABLE) -> bytes:
         return [line for value in values for line in ((EQUAL, 0, 1, value), allow)]
 
     terminal = (RETURN, 0, 0, REFUSE | errno.ENOTTY)
-    opening = [(ANY_BIT, 0, 1, ~READING & 0xFFFFFFFF), refuse, allow]
+    opening = [(ANY_BIT, 0, 1, ~reading & 0xFFFFFFFF), refuse, allow]
     only_null = [(EQUAL, 1, 0, 0), refuse]
     conditional = (
         ((2, None), [low(1), *opening]),  # open
@@ -136,6 +138,11 @@ def bpf_program(machine: str, executable: int = EXECUTABLE) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
+def libc():
+    """The C library; nothing of it is touched by importing this module, on whatever system."""
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def check(result: int, what: str) -> int:
     """
     Raises:
@@ -150,7 +157,7 @@ def check(result: int, what: str) -> int:
 def prctl(option: int, value, what: str, *more):
     arguments = [ctypes.c_ulong(part) if isinstance(part, int) else part for part in (value, *more)]
     arguments += [ctypes.c_ulong(0)] * (4 - len(arguments))
-    check(_libc.prctl(option, *arguments), what)
+    check(libc().prctl(option, *arguments), what)
 
 
 def give_up_system_calls(executable: int):
@@ -169,7 +176,7 @@ def give_up_system_calls(executable: int):
 def give_up_capabilities():
     """Makes root an ordinary user, for the limits to hold."""
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
-    check(_libc.capset(header, ctypes.create_string_buffer(24)), "capabilities")
+    check(libc().capset(header, ctypes.create_string_buffer(24)), "capabilities")
 
 
 def visible_files() -> Iterator[tuple[str, int]]:
@@ -196,14 +203,15 @@ def give_up_files():
     Raises:
         OSError: if the kernel has no Landlock.
     """
-    version = check(_libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1), "Landlock")
+    system_call = libc().syscall
+    version = check(system_call(CREATE_RULESET, None, ctypes.c_size_t(0), 1), "Landlock")
     handled = [0, 0, 0]
     for since, bits in RIGHTS.items():
         if since <= version:
             handled = [a | b for a, b in zip(handled, bits)]
     size = 8 if version < 4 else 16 if version < 6 else 24
     attributes = ctypes.create_string_buffer(struct.pack("=QQQ", *handled))
-    ruleset = check(_libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(size), 0), "Landlock")
+    ruleset = check(system_call(CREATE_RULESET, attributes, ctypes.c_size_t(size), 0), "Landlock")
     for path, rights in visible_files():
         try:
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -212,9 +220,9 @@ def give_up_files():
         if not os.path.isdir(path):
             rights &= ~READ_DIR
         rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, opened))
-        check(_libc.syscall(ADD_RULE, ruleset, 1, rule, 0), f"Landlock rule for {path}")
+        check(system_call(ADD_RULE, ruleset, 1, rule, 0), f"Landlock rule for {path}")
         os.close(opened)
-    check(_libc.syscall(RESTRICT_SELF, ruleset, 0), "Landlock")
+    check(system_call(RESTRICT_SELF, ruleset, 0), "Landlock")
     os.close(ruleset)
 
 
