@@ -116,8 +116,9 @@ class Run:
         """The task's `(metric, filter)` pairs that are a mean over items or bits per byte."""
         pairs = {(metric, sample["filter"]): None for sample in self.samples(task) for metric in sample["metrics"]}
         for metric, filter_name in pairs:
-            value = next(s[metric] for s in self.samples(task) if s["filter"] == filter_name and metric in s)
-            if metric == BITS or (isinstance(value, int | float) and self._is_mean(task, metric)):
+            values = (s.get(metric) for s in self.samples(task) if s["filter"] == filter_name)
+            # One number is enough: items without one are refused later, not passed over with the whole metric.
+            if metric == BITS or (any(map(_is_number, values)) and self._is_mean(task, metric)):
                 yield metric, filter_name
 
     def _is_mean(self, task: str, metric: str) -> bool:

@@ -204,3 +204,12 @@ def test_bits_per_byte_of_something_else(folder, value):
     rewrite(folder, "bits", lambda samples: samples[2].update(bits_per_byte=value))
     with pytest.raises(RunError, match="task bits, item 2, metric bits_per_byte: the score must be a log-likelihood"):
         load_run(folder).items("bits", "bits_per_byte", "none")
+
+
+@pytest.mark.parametrize("value", [None, "", "nan"])
+def test_a_first_item_without_a_score_does_not_hide_the_metric(folder, value):
+    rewrite(folder, "mc", lambda samples: samples[0].update(acc=value))
+    run = load_run(folder)
+    assert list(run.measured("mc")) == [("acc", "none")]
+    with pytest.raises(RunError, match=f"{folder}: task mc, item 0, metric acc: (no score|the score is {value})$"):
+        run.items("mc", "acc", "none")
