@@ -22,7 +22,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .checkpoint import PICKLED, PICKLED_INDEX, SAFETENSORS, SAFETENSORS_INDEX, ConversionError, first_line, read_index
+from .checkpoint import (
+    PICKLED,
+    PICKLED_INDEX,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    ConversionError,
+    first_line,
+    read_index,
+    shorten,
+)
 from .companions import WEIGHT_ENDINGS
 from .gguf import unpack_gguf
 
@@ -70,6 +79,9 @@ def fetch_source(source: str | Path, work: Path, dtype: torch.dtype | None, revi
     if revision is not None and path.exists():
         raise ConversionError(f"`revision` goes with a Hub id, got {revision!r} with the local source {path}.")
     if path.is_dir():
+        ggufs = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".gguf")
+        if ggufs and not (path / "config.json").is_file():
+            raise ConversionError(f"{path}: holds GGUF files; give one of them as `source`: {shorten(ggufs)}.")
         return FetchedSource(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":

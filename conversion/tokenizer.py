@@ -21,10 +21,11 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .checkpoint import ConversionError, first_line
 from .companions import write_json
@@ -39,7 +40,8 @@ _TOKENIZER_FILES = re.compile(
 # Where a tokenizer was loaded from.
 _PLACE_FIELDS = ("name_or_path", "is_local", "local_files_only", "gguf_file")
 
-SAME = "Loads with the class, vocabulary, rules, special tokens and chat templates of the source's."
+GENERIC = PreTrainedTokenizerFast.__name__
+SAME = "Loads with the vocabulary, rules, special tokens and chat templates of the source's."
 NONE = "The source has none."
 
 
@@ -64,24 +66,41 @@ def keep_tokenizer(
         tokenizer = load_source()
     except Exception as error:  # files of all kinds are parsed by libraries that raise whatever they meet
         return f"Came along unchecked, because the source's does not load here: {first_line(error)}"
-    due = serialised(tokenizer)
-    mends = (
-        lambda: None,
-        lambda: _name_class(type(tokenizer).__name__, result),
-        lambda: tokenizer.save_pretrained(result),
-    )
-    for mend in mends:
+    name, due = type(tokenizer).__name__, serialised(tokenizer)
+    mends = [
+        (lambda: None, due, SAME),
+        (lambda: _name_class(name, result), due, SAME),
+        (lambda: tokenizer.save_pretrained(result), due, SAME),
+    ]
+    if _is_its_file(type(tokenizer)):
+        mends.append((lambda: _name_class(GENERIC, result), _without_class(due), f"{SAME} The class is {GENERIC}."))
+    first = None
+    for mend, expected, sentence in mends:
         mend()
         try:
             found = serialised(load_result())
         except Exception as error:  # as above
             found = {"error": first_line(error)}
-        if found == due:
-            return SAME
+        if (found if expected is due else _without_class(found)) == expected:
+            return sentence
+        first = first or _first_difference(due, found)
     raise ConversionError(
-        f"The source's tokenizer ({type(tokenizer).__name__}) does not load the same beside the result's config: "
-        f"{_first_difference(due, found)}."
+        f"The source's tokenizer ({name}) does not load the same beside the result's config: {first}; to convert "
+        "without a tokenizer, take its files out of the source."
     )
+
+
+def _is_its_file(tokenizer_class: type) -> bool:
+    """Whether the class does nothing but set up what `tokenizer.json` holds, so that the generic class does the same."""
+    if not issubclass(tokenizer_class, PreTrainedTokenizerFast):
+        return False
+    own = tokenizer_class.__mro__[: tokenizer_class.__mro__.index(PreTrainedTokenizerFast)]
+    return all(name == "__init__" or not isfunction(value) for part in own for name, value in vars(part).items())
+
+
+def _without_class(state: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in state.get(TOKENIZER_CONFIG, {}).items() if name != "tokenizer_class"}
+    return {**{name: value for name, value in state.items() if name != "class"}, TOKENIZER_CONFIG: fields}
 
 
 def _name_class(name: str, folder: Path):
