@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from .checkpoint import (
     PICKLED,
@@ -62,7 +62,9 @@ class FetchedSource:
         """The tokenizer as a user of the source gets it; code that came with the source is not run."""
         place, keywords = self.location
         if self.repo_id is not None:  # the library's choice of a class may depend on the name
-            place, keywords = self.repo_id, {"revision": self.revision, "local_files_only": True}
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            config.name_or_path = self.repo_id
+            keywords = {"config": config}
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **keywords)
 
 

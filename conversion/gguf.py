@@ -113,7 +113,7 @@ def _check_all_read(file: Path, reader: Any, model: PreTrainedModel, unexpected:
         # Transformers reorders rows, so what tells which were read must not depend on the order of numbers.
         read = {_fingerprint(tensor) for tensor in parameters.values()}
         for tensor in stored:
-            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).to(dtype)
+            values = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).to(dtype)
             if _fingerprint(values) not in read:
                 unexpected.append(tensor.name)
     raise CheckpointError(

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The model card of a converted checkpoint: Hugging Face front matter, how to load, and the proof."""
 
+import json
 from pathlib import Path
 
 import yaml
@@ -24,8 +25,8 @@ from .report import ConversionReport
 _LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({folder}, trust_remote_code=True)
 ```
 
 With the package `modeling-attnres` installed and imported, `trust_remote_code` is not needed."""
@@ -46,7 +47,7 @@ def write_model_card(folder: Path, report: ConversionReport, source_card: Path):
         **({"base_model": report.base_model} if report.base_model else {}),
         **kept,
     )
-    body = "\n\n".join([_title(report), _LOAD.format(folder=report.out_name), _settings(report), _proof(report)])
+    body = "\n\n".join([_title(report), _LOAD.format(folder=json.dumps(report.out_name)), _settings(report), _proof(report)])
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
 
 
@@ -75,7 +76,7 @@ def _settings(report: ConversionReport) -> str:
         ("queries", "zero" if report.queries_are_zero else "trained"),
         ("parameters", f"{report.num_parameters:,}, of which {report.parameters_added:,} are depth attention"),
         ("dtype", report.dtype),
-        ("tokenizer", report.tokenizer),
+        ("tokenizer", report.tokenizer.replace("|", "\\|")),
     ]
     return "## Settings\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
