@@ -47,7 +47,9 @@ def write_model_card(folder: Path, report: ConversionReport, source_card: Path):
         **({"base_model": report.base_model} if report.base_model else {}),
         **kept,
     )
-    body = "\n\n".join([_title(report), _LOAD.format(folder=json.dumps(report.out_name)), _settings(report), _proof(report)])
+    body = "\n\n".join(
+        [_title(report), _LOAD.format(folder=json.dumps(report.out_name)), _settings(report), _proof(report)]
+    )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
 
 

@@ -66,7 +66,7 @@ def check_not_quantised(checkpoint: Checkpoint, names: Iterable[str]):
 def _quantisation_field(config: dict[str, Any]) -> tuple[str, Any] | None:
     """The field that says how weights are quantised, wherever in the config it is."""
     for name, value in config.items():
-        if name in _QUANTISATION_FIELDS and value:
+        if name in _QUANTISATION_FIELDS and value is not None and value is not False:
             return name, value
         if isinstance(value, dict) and (found := _quantisation_field(value)) is not None:
             return f"{name}.{found[0]}", found[1]
