@@ -238,11 +238,13 @@ def _read_pickled(file: Path) -> list[PickledTensor]:
         # The format before torch 1.6 is no zip archive and cannot be mapped: its files are read whole.
         mmap = zipfile.is_zipfile(file)
         state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: a pickled checkpoint that `torch.load(weights_only=True)` does not load is refused, because "
             f"unpickling it could run code. Save it as safetensors first. ({first_line(error)})"
         ) from None
+    except (RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{file}: damaged, or not a file of `torch.save` ({first_line(error)}).") from None
     if not isinstance(state_dict, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
     ):

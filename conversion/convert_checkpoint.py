@@ -89,6 +89,9 @@ def convert(
         UnsupportedBackboneError: if the source's backbone cannot carry depth attention; it names the reason.
     """
     started = time.monotonic()
+    for name, path in (("source", source), ("out", out)):
+        if not str(path) or "\0" in str(path):
+            raise ConversionError(f"`{name}` must be a path, got {str(path)!r}.")
     out = _output_path(out)
     dtype = _check_arguments(dtype, to, dialect, drop_keys, num_blocks, sublayers_per_block, depth_weights)
     local = Path(source) if Path(source).exists() else None

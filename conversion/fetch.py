@@ -85,8 +85,8 @@ def fetch_source(source: str | Path, work: Path, dtype: torch.dtype | None, revi
         if ggufs and not (path / "config.json").is_file():
             raise ConversionError(f"{path}: holds GGUF files; give one of them as `source`: {shorten(ggufs)}.")
         return FetchedSource(path)
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
+    if path.exists():
+        if not path.is_file() or path.suffix.lower() != ".gguf":
             raise ConversionError(f"`source` must be a folder, a .gguf file or a Hub id, got the file {path}.")
         unpacked = work / "unpacked"
         unpack_gguf(path, unpacked, dtype)

@@ -135,6 +135,8 @@ def check_output(out: Path, source: Path | None, overwrite: bool):
     Raises:
         ConversionError: if it exists and may not be replaced, or lies inside the source.
     """
+    if out.is_symlink():
+        raise ConversionError(f"`out` must not be a link, got {out} (to {os.readlink(out)}).")
     resolved = out.resolve()
     longest = _longest_name(resolved.parent)
     if len(os.fsencode(out.name)) > longest:
@@ -147,13 +149,13 @@ def check_output(out: Path, source: Path | None, overwrite: bool):
         raise ConversionError(f"`out` must not contain the source, got {out} for the source {source}.")
     if not resolved.parent.is_dir():
         raise ConversionError(f"`out` must lie in a folder that exists, got {out}.")
-    if not out.exists() and not out.is_symlink():
+    if not out.exists():
         return
     if not overwrite:
         raise ConversionError(f"`out` exists: {out}. Choose another folder, or replace it with --overwrite.")
     if resolved == Path.cwd() or resolved in Path.cwd().parents:
         raise ConversionError(f"`out` must not be or contain the working folder, which would be replaced: {resolved}.")
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
         raise ConversionError(f"`out` exists and is not a model folder, so --overwrite does not replace it: {out}.")
 
 
