@@ -54,7 +54,17 @@ def unpack_gguf(file: Path, folder: Path, dtype: torch.dtype | None):
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(folder)
     if any(name.startswith("tokenizer.") for name in reader.fields):
+        _save_tokenizer(file, folder)
+
+
+def _save_tokenizer(file: Path, folder: Path):
+    try:
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    except Exception as error:  # the library raises whatever it meets
+        raise CheckpointError(
+            f"{file}: Transformers cannot read the tokenizer of this GGUF file ({type(error).__name__}: "
+            f"{first_line(error)})."
+        ) from error
 
 
 def _open(file: Path) -> Any:

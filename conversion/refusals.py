@@ -31,7 +31,6 @@ from .checkpoint import Checkpoint, CheckpointError, ConversionError, read_json,
 
 _QUANTISATION_FIELDS = ("quantization_config", "compression_config", "quantization")
 _QUANTISATION_FILE = re.compile(r".*quant.*config\.json", re.IGNORECASE)
-_QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Names of what quantised formats keep beside their weights. The library's own backbones have none of them.
 _QUANTISED_NAMES = re.compile(
     r"(weight_scale(_inv|_2)?|input_scale|output_scale|act_scale|scale_weight|scale_input|weight_zero_point"
@@ -40,6 +39,8 @@ _QUANTISED_NAMES = re.compile(
 )
 # These may mean something else in a backbone that has them; in one that does not they say how to read a weight.
 _SCALE_NAMES = re.compile(r"(^|[._])(scales?|scale_inv|zeros|zero_points?|amax|biases|blocks|packed)(_\d+)?$")
+
+_LAYER = re.compile(r"\.\d+(\.|$)")
 
 
 def check_not_quantised(checkpoint: Checkpoint, names: Iterable[str]):
@@ -54,13 +55,18 @@ def check_not_quantised(checkpoint: Checkpoint, names: Iterable[str]):
             raise _quantised(folder, f"by its {file.name}")
     if scales := [name for name in names if _QUANTISED_NAMES.search(name)]:
         raise _quantised(folder, f"by its tensors {shorten(scales, limit=3)}")
-    if narrow := [name for name in names if checkpoint.tensors[name].dtype in _QUANTISED_DTYPES]:
+    if narrow := [name for name in names if _is_narrow_float(checkpoint.tensors[name].dtype)]:
         raise _quantised(folder, f"8-bit floats, such as {narrow[0]}")
     if odd := [name for name in names if not checkpoint.tensors[name].dtype.is_floating_point]:
         raise CheckpointError(
             f"{folder}: {len(odd)} tensors are not floating point: {shorten(odd)} ('{odd[0]}' is "
             f"{checkpoint.tensors[odd[0]].dtype})."
         )
+
+
+def _is_narrow_float(dtype: torch.dtype) -> bool:
+    """Whether numbers of this dtype have too few bits to be weights without scales, wherever these are kept."""
+    return dtype.is_floating_point and dtype.itemsize < 2
 
 
 def _quantisation_field(config: dict[str, Any]) -> tuple[str, Any] | None:
@@ -73,10 +79,23 @@ def _quantisation_field(config: dict[str, Any]) -> tuple[str, Any] | None:
     return None
 
 
-def refuse_scales(folder: Path, unknown: Iterable[str]):
-    """Raises `ConversionError` if any tensor that the backbone has no place for scales or shifts weights."""
-    if scales := [name for name in unknown if _SCALE_NAMES.search(name)]:
+def refuse_scales(folder: Path, unknown: Iterable[str], kept: Iterable[str]):
+    """Raises `ConversionError` if any tensor without a place in the backbone scales or shifts one of those kept."""
+    modules = _prefixes(kept)
+    scales = [name for name in unknown if (scale := _scale_of(name)) is not None and scale in modules]
+    if scales:
         raise _quantised(folder, f"by its tensors {shorten(scales, limit=3)}")
+
+
+def _scale_of(name: str) -> str | None:
+    """What a tensor scales or shifts by its name, or `None` for other names."""
+    found = _QUANTISED_NAMES.search(name) or _SCALE_NAMES.search(name)
+    return None if found is None else name[: found.start()].rstrip("._")
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """The names, and those of all modules around them."""
+    return {name[:end] for name in names for end in (*(m.start() for m in re.finditer(r"\.", name)), len(name))} | {""}
 
 
 def _quantised(folder: Path, shown: str) -> ConversionError:
@@ -99,29 +118,21 @@ def check_droppable(checkpoint: Checkpoint, dropped: Iterable[str]):
     """
     dropped = set(dropped)
     kept = [name for name in checkpoint.tensors if name not in dropped]
-    modules = {name.rpartition(".")[0] for name in kept} - {""}
-    scaled = {
-        ".".join(parts[:length]) for name in kept if (parts := name.split(".")) for length in range(len(parts) + 1)
-    }
-    scales, bound = [], []
+    refuse_scales(checkpoint.folder, sorted(dropped), kept)
+    owners = {name.rpartition(".")[0] for name in kept} - {""}
+    around = _prefixes(kept)
+    bound = []
     for name in sorted(dropped):
-        scale = _QUANTISED_NAMES.search(name) or _SCALE_NAMES.search(name)
-        if scale and name[: scale.start()].rstrip("._") in scaled:
-            scales.append(name)
-        elif modules.intersection(_modules_of(name)):
+        modules = _prefixes([name]) - {name, ""}
+        # A scale without a weight beside it, such as one of activations, still belongs to the layer that it is in.
+        in_layer = _scale_of(name) is not None and _LAYER.search(max(modules & around, key=len, default=""))
+        if modules & owners or in_layer:
             bound.append(name)
-    if scales:
-        raise _quantised(checkpoint.folder, f"by its tensors {shorten(scales, limit=3)}")
     if bound:
         raise ConversionError(
             f"`drop_keys` leaves out {shorten(bound)}, but other tensors of the same module stay, and these mean "
             "something else without; only whole modules can be left out."
         )
-
-
-def _modules_of(name: str) -> list[str]:
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 # --- Adapters --------------------------------------------------------------------------------------------------------
@@ -136,8 +147,10 @@ _MERGE = "`PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pret
 def refuse_adapter_folder(folder: Path):
     """Raises `ConversionError` if the folder holds a PEFT adapter, alone or beside the weights of a model."""
     is_model = (folder / "config.json").is_file()
-    configs = [folder / ADAPTER_CONFIG] if is_model else sorted(folder.glob(f"**/{ADAPTER_CONFIG}"))
-    if not configs or not configs[0].is_file():
+    configs = list(folder.glob(ADAPTER_CONFIG))
+    if not is_model:  # PEFT saves adapters with names of their own into subfolders
+        configs += sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if not configs:
         return
     base = read_json(configs[0]).get("base_model_name_or_path")
     if not is_model:

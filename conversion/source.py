@@ -211,7 +211,7 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
         ) from error
     missing = sorted(_plain(name) for name in info["missing_keys"])
     unknown = sorted(_plain(name) for name in info["unexpected_keys"])
-    refuse_scales(source.checkpoint.folder, unknown)
+    refuse_scales(source.checkpoint.folder, unknown, [name for name in source.tensors if name not in unknown])
     problems = []
     if missing:
         problems.append(f"missing: {shorten(missing)}")

@@ -21,8 +21,8 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
-from inspect import isfunction
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -64,9 +64,10 @@ def keep_tokenizer(
     """
     try:
         tokenizer = load_source()
+        due = serialised(tokenizer)
     except Exception as error:  # files of all kinds are parsed by libraries that raise whatever they meet
         return f"Came along unchecked, because the source's does not load here: {first_line(error)}"
-    name, due = type(tokenizer).__name__, serialised(tokenizer)
+    name = type(tokenizer).__name__
     mends = [
         (lambda: None, due, SAME),
         (lambda: _name_class(name, result), due, SAME),
@@ -76,8 +77,8 @@ def keep_tokenizer(
         mends.append((lambda: _name_class(GENERIC, result), _without_class(due), f"{SAME} The class is {GENERIC}."))
     first = None
     for mend, expected, sentence in mends:
-        mend()
         try:
+            mend()
             found = serialised(load_result())
         except Exception as error:  # as above
             found = {"error": first_line(error)}
@@ -95,7 +96,11 @@ def _is_its_file(tokenizer_class: type) -> bool:
     if not issubclass(tokenizer_class, PreTrainedTokenizerFast):
         return False
     own = tokenizer_class.__mro__[: tokenizer_class.__mro__.index(PreTrainedTokenizerFast)]
-    return all(name == "__init__" or not isfunction(value) for part in own for name, value in vars(part).items())
+    return not any(
+        isinstance(value, FunctionType | property) and name != "__init__"
+        for part in own
+        for name, value in vars(part).items()
+    )
 
 
 def _without_class(state: dict[str, Any]) -> dict[str, Any]:

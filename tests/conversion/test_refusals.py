@@ -138,6 +138,9 @@ def test_quantised_attnres_sources_are_refused_by_the_backbones_config(tmp_path,
         "model.norm.bias",
         "model.layers.0.mlp.up_proj.lora_down.weight",
         "model.layers.0.self_attn.o_proj.input_quantizer.offset",
+        "model.layers.0.mlp.act.scales",
+        "model.layers.3.self_attn.k_scale",
+        "model.layers.2.layer_scale",
     ],
 )
 def test_tensors_beside_one_that_stays_are_not_left_out(tmp_path, llama, name):
@@ -160,6 +163,17 @@ def test_whole_modules_are_left_out_quantised_or_not(tmp_path, llama):
     report = convert(llama, tmp_path / "out", drop_keys=("^mtp", r"layers\.7\.", "^vision"))
     assert report.dropped_keys == sorted(extra)
     assert report.max_logit_difference == 0.0
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.layer_scale", "model.residual_scale", "model.layers.1.mlp.gate_scale"]
+)
+def test_an_unknown_scale_of_something_else_is_not_called_quantisation(tmp_path, llama, name):
+    add(llama, {name: torch.ones(4)})
+    with pytest.raises(
+        CheckpointError, match=rf"weights and config disagree. unknown: {name} \(--drop-keys leaves out whole"
+    ):
+        convert(llama, tmp_path / "out")
 
 
 # --- Adapters --------------------------------------------------------------------------------------------------------
