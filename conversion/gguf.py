@@ -44,6 +44,12 @@ def unpack_gguf(file: Path, folder: Path, dtype: torch.dtype | None):
     loaded, info = _load(file, dtype)
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{file}: {len(missing)} tensors of its model are missing: {shorten(missing)}.")
+    if misshapen := sorted(info["mismatched_keys"]):
+        name, found, due = misshapen[0]
+        raise CheckpointError(
+            f"{file}: {len(misshapen)} tensors have other shapes than the config that Transformers reads from it says: "
+            f"{name} is {list(found)}, {list(due)} is due."
+        )
     _check_all_read(file, reader, loaded, sorted(info["unexpected_keys"]), dtype)
     _check_rope_read(file, reader, loaded.config)
     # What was loaded is flagged as quantised and refuses to be saved: its weights go into a plain model.
@@ -87,7 +93,12 @@ def _load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, An
     try:
         with quiet_library():
             return AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                file.parent,
+                gguf_file=file.name,
+                dtype=dtype,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
     except Exception as error:  # as above
         raise CheckpointError(

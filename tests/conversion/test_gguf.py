@@ -93,6 +93,10 @@ REFUSED = {
         {"beside": {"blk.2.attn_q.bias": np.full(32, 0.5, dtype=np.float32)}},
         f"{UNREAD}blk.2.attn_q.bias",
     ),
+    "another shape": (
+        {"replaced": {"output_norm.weight": np.ones(31, dtype=np.float32)}},
+        r"1 tensors have other shapes than .*: model\.norm\.weight is \[31\], \[32\] is due",
+    ),
     "rotary scales": (
         {"beside": {"rope_freqs.weight": np.array([1, 1, 4, 8], dtype=np.float32)}},
         f"{UNREAD}rope_freqs.weight",

@@ -41,6 +41,7 @@ def save_gguf(
     *,
     without: tuple[str, ...] = (),
     beside: dict[str, np.ndarray] | None = None,
+    replaced: dict[str, np.ndarray] | None = None,
     tensors_per_file: int = 0,
     quantise: bool = False,
     metadata=lambda writer: None,
@@ -48,7 +49,7 @@ def save_gguf(
     """Writes `source` as a GGUF file.
 
     Args:
-        without, beside: tensors to leave out, and further ones, by their GGUF names.
+        without, beside, replaced: tensors to leave out, further ones and others, by their GGUF names.
         tensors_per_file: splits the file.
         quantise: whether matrices are stored in Q8_0.
         metadata: gets the writer, to add fields.
@@ -75,7 +76,7 @@ def save_gguf(
         if rows is not None and config["model_type"] == "llama":
             tensor = llama_cpp_rows(tensor, rows)
         arrays[gguf_name(name)] = tensor.float().contiguous().numpy()
-    for name, array in arrays.items():
+    for name, array in (arrays | (replaced or {})).items():
         if name in without:
             continue
         if quantise and array.ndim > 1:
