@@ -75,18 +75,19 @@ def keep_tokenizer(
     ]
     if _is_its_file(type(tokenizer)):
         mends.append((lambda: _name_class(GENERIC, result), _without_class(due), f"{SAME} The class is {GENERIC}."))
-    first = None
+    reason = None
     for mend, expected, sentence in mends:
         try:
             mend()
             found = serialised(load_result())
         except Exception as error:  # as above
-            found = {"error": first_line(error)}
+            reason = reason or f"it does not load ({first_line(error)})"
+            continue
         if (found if expected is due else _without_class(found)) == expected:
             return sentence
-        first = first or _first_difference(due, found)
+        reason = reason or _first_difference(due, found)
     raise ConversionError(
-        f"The source's tokenizer ({name}) does not load the same beside the result's config: {first}; to convert "
+        f"The source's tokenizer ({name}) does not load the same beside the result's config: {reason}; to convert "
         "without a tokenizer, take its files out of the source."
     )
 

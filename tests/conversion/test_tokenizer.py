@@ -132,3 +132,15 @@ def test_a_tokenizer_that_cannot_be_kept_is_an_error_that_says_where(tmp_path):
         ConversionError, match=r"does not load the same .*: .* is .* where .* is due; to convert without"
     ):
         keep_tokenizer(lambda: AutoTokenizer.from_pretrained(tmp_path), lambda: other, tmp_path)
+
+
+def test_a_tokenizer_that_does_not_load_beside_the_result_is_an_error_with_the_reason(tmp_path):
+    save_tokenizer(tmp_path)
+
+    def fail():
+        raise OSError("no such class here")
+
+    with pytest.raises(
+        ConversionError, match=r"does not load the same .*: it does not load \(no such class here\); to"
+    ):
+        keep_tokenizer(lambda: AutoTokenizer.from_pretrained(tmp_path), fail, tmp_path)
