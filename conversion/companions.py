@@ -27,6 +27,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+import modeling_attnres
+
 from .checkpoint import CheckpointError, first_line
 
 
@@ -40,9 +42,9 @@ WEIGHT_ENDINGS = (
 )
 _WEIGHTS = re.compile(rf"\.({'|'.join(map(re.escape, WEIGHT_ENDINGS))})$|\.index(\.\w+)?\.json$", re.IGNORECASE)
 _NOT_OF_THE_MODEL = (".git", ".cache", "__pycache__")
-# Written for the result, whatever the source has under these names.
-_WRITTEN = ("config.json", CARD, REPORT)
-_ATTNRES_CODE = re.compile(r"\w+_attnres\.py")
+# Written for the result where they belong, whatever the source has under these names: config, card, report, code.
+_CODE = Path(modeling_attnres.__file__).parent.glob("*_attnres.py")
+_WRITTEN = {"config.json", CARD, REPORT, *(file.name for file in _CODE)}
 
 
 def is_weight_file(name: str) -> bool:
@@ -60,7 +62,7 @@ def companion_files(folder: Path) -> list[Path]:
     for path in _files_below(folder, {folder.resolve()}):
         relative = path.relative_to(folder)
         at_top = len(relative.parts) == 1
-        if is_weight_file(path.name) or (at_top and (path.name in _WRITTEN or _ATTNRES_CODE.fullmatch(path.name))):
+        if is_weight_file(path.name) or (at_top and path.name in _WRITTEN):
             continue
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path}: a link to a file that does not exist ({os.readlink(path)}).")
