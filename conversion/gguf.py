@@ -44,7 +44,7 @@ def unpack_gguf(file: Path, folder: Path, dtype: torch.dtype | None):
     loaded, info = _load(file, dtype)
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"{file}: {len(missing)} tensors of its model are missing: {shorten(missing)}.")
-    if misshapen := sorted(info["mismatched_keys"]):
+    if misshapen := sorted(info["mismatched_keys"]) or _other_shapes(loaded):
         name, found, due = misshapen[0]
         raise CheckpointError(
             f"{file}: {len(misshapen)} tensors have other shapes than the config that Transformers reads from it says: "
@@ -104,6 +104,14 @@ def _load(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, An
         raise CheckpointError(
             f"{file}: Transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)})."
         ) from error
+
+
+def _other_shapes(model: PreTrainedModel) -> list[tuple[str, torch.Size, torch.Size]]:
+    """Name, shape and due shape of tensors of other shapes than the config says, which older Transformers do not report."""
+    with torch.device("meta"):
+        due = AutoModelForCausalLM.from_config(model.config).state_dict()
+    shapes = [(name, tensor.shape, due[name].shape) for name, tensor in sorted(model.state_dict().items())]
+    return [shape for shape in shapes if shape[1] != shape[2]]
 
 
 def _check_whole(file: Path, reader: Any):
