@@ -197,10 +197,10 @@ class LiveSources(NamedTuple):
     """The first n sources of a bank for decoding, as views. Each carries the floor of its norm as one more channel.
 
     Attributes:
-        with_floor: `[n, B, 1, D + 1]`, the sources.
-        per_token: `[B, n, D]`, the sources without the floor.
-        norms: `[n, B, 1]`.
-        newest, newest_with_floor, newest_norm: `[B, 1, D]`, `[B, 1, D + 1]` and `[B, 1]`, the last of them.
+        with_floor: `[n, M, 1, D + 1]`, the sources of the M = B * T tokens.
+        per_token: `[M, n, D]`, the sources without the floor.
+        norms: `[n, M, 1]`.
+        newest, newest_with_floor, newest_norm: `[B, T, D]`, `[B, T, D + 1]` and `[B, T]`, the last of them.
     """
 
     with_floor: torch.Tensor
@@ -251,7 +251,7 @@ class BlockSummaries:
             )
 
     def reset_for_decode(self, like: torch.Tensor, capacity: int, norm_floor: torch.Tensor):
-        """Empties the bank for a step over `like` `[B, 1, D]`: sources in at least fp32 that carry `norm_floor`."""
+        """Empties the bank for a step over `like` `[B, T, D]`: sources in at least fp32 that carry `norm_floor`."""
         shape = (capacity, *like.shape[:-1], like.shape[-1] + 1)
         dtype = accumulation_dtype(like.dtype)
         if not self._fits(like, shape, dtype, num_queries=0):
@@ -285,9 +285,12 @@ class BlockSummaries:
     def live(self, length: int) -> LiveSources:
         """Views of the slots `[:length]` of a bank for decoding, which the caller fills; the last may still grow."""
         if length not in self._live:
-            sources, norms = self.sources[:length], self.norms[:length]
-            per_token = sources.squeeze(2).transpose(0, 1)[..., :-1]
-            self._live[length] = LiveSources(sources, per_token, norms, sources[-1, ..., :-1], sources[-1], norms[-1])
+            newest, newest_norm = self.sources[length - 1], self.norms[length - 1]
+            sources, norms = (tensor[:length].flatten(1, 2) for tensor in (self.sources, self.norms))
+            per_token = sources.transpose(0, 1)[..., :-1]
+            self._live[length] = LiveSources(
+                sources.unsqueeze(2), per_token, norms.unsqueeze(2), newest[..., :-1], newest, newest_norm
+            )
         self.length = length
         return self._live[length]
 
