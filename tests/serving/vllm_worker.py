@@ -8,7 +8,7 @@ A job is a dict:
     max_tokens: new tokens per prompt.
     timed: whether all engines are built first and then asked round by round in turn, for timings side by side.
 
-Each answer is `{"module": where the model's class is from, "graphs": graphs that were compiled, "rounds": [...]}`, a round
+Each answer is `{"module": where the model's class is from, "compiled": graphs compiled so far, "rounds": [...]}`, a round
 being `{"cpu": seconds of this process, "tokens": one list per prompt, "cached": prefix hits in tokens, per prompt}`;
 or `{"error": ...}`, after which no further job is run.
 """
@@ -51,7 +51,7 @@ def describe(llm) -> dict:
     from vllm.compilation.counter import compilation_counter
 
     (module,) = set(llm.apply_model(module_of))
-    return {"module": module, "graphs": compilation_counter.num_graphs_seen}
+    return {"module": module, "compiled": compilation_counter.num_aot_compiles}
 
 
 def run(jobs: list[dict], answers: list[dict]):
