@@ -4,15 +4,19 @@ They run in the environment of `make test-vllm`. "Equal" is equal token ids, all
 are such that no answer hangs on rounding (see `served_models`).
 """
 
+import statistics
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from served_models import expected_answers, prompts_in_two_rounds, save, served_model
 from tiny_backbones import VOCAB_SIZE
-from transformers import AutoModelForCausalLM
-from vllm_processes import serve
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_processes import serve, serve_in_turn
 
 from modeling_attnres import AttnResForCausalLM
+from modeling_attnres.conversion import convert
+from modeling_attnres.conversion.gguf import unpack_gguf
 
 
 pytestmark = pytest.mark.vllm
@@ -106,3 +110,62 @@ def save_random_adapter(model, folder, seed: int):
             torch.nn.init.normal_(parameter, std=0.2)
     adapted.save_pretrained(folder)
     adapted.unload()
+
+
+@pytest.fixture(scope="module")
+def smollm2(gguf_file, tmp_path_factory):
+    """Folders of SmolLM2-135M-Instruct: as it is, and converted."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    unpack_gguf(gguf_file, folder / "plain", torch.float32)
+    convert(folder / "plain", folder / "converted", num_blocks=8, check=False)
+    return str(folder / "plain"), str(folder / "converted")
+
+
+TEXTS = [
+    "Why is the sky blue?",
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time there was a",
+    "Dear Sir or Madam,",
+    "One, two, three, four,",
+    "2",
+    "Water boils at " * 40,
+]
+
+
+def test_converted_smollm2(smollm2, tmp_path):
+    _, converted = smollm2
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    model = AttnResForCausalLM.from_pretrained(converted).eval()
+    rounds = [prompts, prompts[::-1]]
+    answers, _ = serve(tmp_path, [{**job(converted), "rounds": rounds}], seconds=500)
+    assert count_equal(answers, [expected_answers(model, rounds)]) == 2 * len(TEXTS)
+    assert "Paris" in tokenizer.decode(answers[0]["rounds"][0]["tokens"][1])
+
+
+# Ratios of CPU time to the plain model, per decoded token: what they may not exceed.
+COST_BARS = {1: 1.08, 8: 1.05}
+DECODED, TIMED_ROUNDS = 24, 9
+
+
+def test_decode_cost_beside_the_plain_model(smollm2, tmp_path, capsys):
+    """Asked in turn; each round's prompts are new, and short beside what is decoded."""
+    generator = torch.Generator().manual_seed(3)
+    rounds = [
+        torch.randint(1000, 40_000, (batch, 4), generator=generator).tolist()
+        for batch in COST_BARS
+        for _ in range(TIMED_ROUNDS)
+    ]
+    jobs = [{**job(folder), "rounds": rounds, "max_tokens": DECODED} for folder in smollm2]
+    plain, attnres = serve_in_turn(tmp_path, jobs, seconds=200)
+    lines = []
+    for position, (batch, bar) in enumerate(COST_BARS.items()):
+        part = slice(position * TIMED_ROUNDS, (position + 1) * TIMED_ROUNDS)
+        pairs = [(one["cpu"], other["cpu"]) for one, other in zip(plain["rounds"][part], attnres["rounds"][part])]
+        ratio = statistics.median(other / one for one, other in pairs)
+        per_step = [1000 * statistics.median(times) / DECODED for times in zip(*pairs)]
+        lines.append(f"batch {batch}: {per_step[0]:.1f} ms plain, {per_step[1]:.1f} ms AttnRes, ratio {ratio:.3f}")
+        assert ratio < bar, lines
+    with capsys.disabled():
+        print("\nCPU time per decode step under vLLM, 1 thread, fp32, 135M parameters:", *lines, sep="\n  ")

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,36 +35,88 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, **fixed, **variables}
 
 
-def serve(folder: Path, jobs: list[dict], seconds: int, **variables: str) -> tuple[list[dict], str]:
-    """Answers to `jobs` (see `vllm_worker.py`) and the log of the process, which is killed after `seconds`."""
-    asked, answered, log = folder / "jobs.json", folder / "answers.json", folder / "log.txt"
-    answered.unlink(missing_ok=True)
-    asked.write_text(json.dumps(jobs))
-    command = [sys.executable, str(WORKER), str(asked), str(answered)]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environment(HF_HOME=str(folder / "hf"), **variables),
-            start_new_session=True,
-        )
+class Worker:
+    """A process that answers `jobs` (see `vllm_worker.py`); `folder` keeps its files, logs and caches."""
+
+    def __init__(self, folder: Path, jobs: list[dict]):
+        self.folder = folder
+        self.asked, self.answered, self.log = (folder / name for name in ("jobs.json", "answers.json", "log.txt"))
+        self.asked.write_text(json.dumps(jobs))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[subprocess.Popen]:
+        """The process. Behind it, all that it has started is ended too (workers of tensor parallelism)."""
+        command = [sys.executable, str(WORKER), str(self.asked), str(self.answered)]
+        with started(command, self.folder, self.log) as process:
+            yield process
+
+    def wait(self, process: subprocess.Popen, seconds: float):
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"vLLM did not finish in {seconds} s:\n{tail(log)}")
+            pytest.fail(f"vLLM did not finish in {seconds} s:\n{tail(self.log)}")
+
+    def answers(self, process: subprocess.Popen) -> list[dict]:
+        if not self.answered.exists():
+            pytest.fail(f"vLLM ended with {process.returncode} and no answer:\n{tail(self.log)}")
+        return json.loads(self.answered.read_text())
+
+    def let_one_round_run(self, process: subprocess.Popen, index: int, seconds: float):
+        """For jobs that are `paced`: lets round `index` run, and waits until it has."""
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        give_up = time.monotonic() + seconds
+        while not (self.folder / f"round-{index}").exists():
+            if process.poll() is not None or time.monotonic() > give_up:
+                pytest.fail(f"round {index} was not answered in {seconds} s:\n{tail(self.log)}")
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def started(command: list[str], folder: Path, log: Path) -> Iterator[subprocess.Popen]:
+    """A process in a session of its own, whose caches lie in `folder`, ended with all that it has started."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment(HF_HOME=str(folder / "hf"), VLLM_CACHE_ROOT=str(folder / "vllm")),
+            start_new_session=True,
+        )
+        try:
+            yield process
         finally:
-            stop_group(process)
-    if not answered.exists():
-        pytest.fail(f"vLLM ended with {process.returncode} and no answer:\n{tail(log)}")
-    return json.loads(answered.read_text()), log.read_text()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdin.close()
 
 
-def stop_group(process: subprocess.Popen):
-    """Ends a process and all that it started, workers of tensor parallelism included."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def serve(folder: Path, jobs: list[dict], seconds: int) -> tuple[list[dict], str]:
+    """Answers to `jobs` and the log of the process, which may take `seconds`."""
+    worker = Worker(folder, jobs)
+    with worker.running() as process:
+        worker.wait(process, seconds)
+    return worker.answers(process), worker.log.read_text()
+
+
+def serve_in_turn(folder: Path, jobs: list[dict], seconds: int) -> list[dict]:
+    """Answers to `jobs`, each in a process of its own, of which one runs at a time: round by round, for timings."""
+    workers = []
+    with contextlib.ExitStack() as stack:
+        for index, job in enumerate(jobs):
+            own = folder / f"process-{index}"
+            own.mkdir()
+            worker = Worker(own, [{**job, "paced": True}])
+            workers.append((worker, stack.enter_context(worker.running())))
+        for index in range(len(jobs[0]["rounds"])):
+            for worker, process in workers[:: 1 if index % 2 else -1]:
+                worker.let_one_round_run(process, index, seconds)
+        for worker, process in workers:
+            worker.wait(process, seconds)
+        return [worker.answers(process)[0] for worker, process in workers]
 
 
 def tail(log: Path) -> str:

@@ -6,7 +6,7 @@ A job is a dict:
     adapter: folder of a LoRA adapter to answer with, or absent.
     rounds: `[round][prompt][token id]`. The prompts of a round are asked together, the rounds one after another.
     max_tokens: new tokens per prompt.
-    timed: whether all engines are built first and then asked round by round in turn, for timings side by side.
+    paced: whether to wait for a line on standard input before each round.
 
 Each answer is `{"module": where the model's class is from, "compiled": graphs compiled so far, "rounds": [...]}`, a round
 being `{"cpu": seconds of this process, "tokens": one list per prompt, "cached": prefix hits in tokens, per prompt}`;
@@ -54,17 +54,16 @@ def describe(llm) -> dict:
     return {"module": module, "compiled": compilation_counter.num_aot_compiles}
 
 
-def run(jobs: list[dict], answers: list[dict]):
-    if jobs[0].get("timed"):
-        llms = [build(job) for job in jobs]
-        answers += [{**describe(llm), "rounds": []} for llm in llms]
-        for index in range(len(jobs[0]["rounds"])):
-            for llm, job, answer in zip(llms, jobs, answers):
-                answer["rounds"].append(ask(llm, job, index))
-        return
+def run(jobs: list[dict], answers: list[dict], rounds_folder: Path):
     for job in jobs:
         llm = build(job)
-        rounds = [ask(llm, job, index) for index in range(len(job["rounds"]))]
+        rounds = []
+        for index in range(len(job["rounds"])):
+            if job.get("paced"):
+                sys.stdin.readline()
+            rounds.append(ask(llm, job, index))
+            if job.get("paced"):
+                (rounds_folder / f"round-{index}").touch()
         answers.append({**describe(llm), "rounds": rounds})
         del llm
 
@@ -72,7 +71,7 @@ def run(jobs: list[dict], answers: list[dict]):
 def main():
     jobs, answers = json.loads(Path(sys.argv[1]).read_text()), []
     try:
-        run(jobs, answers)
+        run(jobs, answers, Path(sys.argv[2]).parent)
     except Exception as error:
         answers.append({"error": f"{type(error).__name__}: {error}"})
         raise
