@@ -25,7 +25,14 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_attnres import AttnResForCausalLM, attnres_lora_config
-from modeling_attnres.training import DEFAULT_QUERY_LR, JsonlMetrics, attnres_optimizer, plot_metrics, read_metrics
+from modeling_attnres.training import (
+    CHECKPOINTING,
+    DEFAULT_QUERY_LR,
+    JsonlMetrics,
+    attnres_optimizer,
+    plot_metrics,
+    read_metrics,
+)
 
 
 DEFAULT_LR = {"lora": 2e-4, "queries": DEFAULT_QUERY_LR, "full": 2e-5}
@@ -105,7 +112,6 @@ def training_arguments(arguments) -> TrainingArguments:
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
         gradient_accumulation_steps=arguments.accumulation,
-        activation_checkpointing=arguments.gradient_checkpointing,
         bf16=arguments.bf16,
         use_cpu=not torch.accelerator.is_available(),  # Trainer wants to be told, or refuses bf16
         eval_strategy="steps",
@@ -116,6 +122,7 @@ def training_arguments(arguments) -> TrainingArguments:
         seed=arguments.seed,
         data_seed=arguments.seed,
         report_to=[],
+        **{CHECKPOINTING: arguments.gradient_checkpointing},
     )
 
 

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_attnres import AttnResConfig
 from modeling_attnres.configuration import list_presets, load_preset
-from modeling_attnres.training import DepthDynamics, JsonlMetrics, attnres_optimizer, plot_metrics
+from modeling_attnres.training import CHECKPOINTING, DepthDynamics, JsonlMetrics, attnres_optimizer, plot_metrics
 
 
 HELD_OUT = 0.05
@@ -131,10 +131,10 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         seed=args.seed,
         data_seed=args.seed,
         bf16=args.bf16,
-        activation_checkpointing=args.activation_checkpointing,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
+        **{CHECKPOINTING: args.activation_checkpointing},
     )
 
 

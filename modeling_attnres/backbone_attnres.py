@@ -41,12 +41,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from .compat_attnres import CACHE
+
 
 # What the model's loop hands to every decoder layer; a backbone that feeds its layers anything else is refused.
-LAYER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
+LAYER_ARGUMENTS = ("attention_mask", "position_ids", CACHE, "use_cache", "position_embeddings")
 
 _BATCH, _TOKENS, _WIDTH = 3, 5, 4  # 3: a batch that cannot be mistaken for a pair when it is unpacked
 
@@ -171,7 +174,8 @@ class _StandIn(nn.Module):
         super().__init__()
         # Parameters say where a model is and in which dtype; sines are as good as random numbers and disturb no seed.
         entries = torch.arange(_WIDTH * _WIDTH, dtype=torch.float64, device="cpu") * (1.7 + 0.37 * salt) + salt
-        self.weight = nn.Parameter(torch.sin(entries).view(_WIDTH, _WIDTH), requires_grad=False)
+        # Not by assignment: whoever builds a model without its weights (accelerate, vLLM) moves what is assigned.
+        self._parameters["weight"] = nn.Parameter(torch.sin(entries).view(_WIDTH, _WIDTH), requires_grad=False)
         self.name, self.calls, self.tail = name, calls, tail
 
     def respond(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -241,12 +245,18 @@ def _probe_model(backbone: PreTrainedModel) -> list[dict[str, Any]]:
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, :2] = 0
     position_ids = torch.arange(_TOKENS).unsqueeze(0)
+    # A real cache: with none, every name for it would do.
+    cache = DynamicCache(config=backbone.config)
     output = _with_children(backbone, stand_ins)(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=True,
+        **{CACHE: cache},
     )
 
     hidden_states = stand_ins["embed_tokens"].respond(input_ids)
-    masks = create_masks_for_generate(backbone.config, hidden_states, attention_mask, None, position_ids)
+    masks = create_masks_for_generate(backbone.config, hidden_states, attention_mask, cache, position_ids)
     if any(len(args) + len(kwargs) != 2 for name, args, kwargs in calls if name == "rotary_emb"):
         raise UnsupportedBackboneError("its rotary embedding takes more than hidden states and positions")
     layer_calls = [(args, kwargs) for name, args, kwargs in calls if name == "layer"]
@@ -263,8 +273,8 @@ def _probe_model(backbone: PreTrainedModel) -> list[dict[str, Any]]:
         expected = {
             "attention_mask": layer_attention_mask(masks, backbone.config, index),
             "position_ids": position_ids,
-            "past_key_values": None,
-            "use_cache": False,
+            CACHE: cache,
+            "use_cache": True,
         }
         _check_layer_arguments(kwargs, expected, stand_ins.get("rotary_emb"))
         hidden_states = layers[index].respond(hidden_states)
@@ -276,8 +286,6 @@ def _probe_model(backbone: PreTrainedModel) -> list[dict[str, Any]]:
 def _check_layer_arguments(kwargs: dict[str, Any], expected: dict[str, Any], rotary: nn.Module | None):
     """The layer's arguments must be those of the model's loop, with the values that the loop gives them."""
     for name, value in kwargs.items():
-        if name == "hidden_states":
-            continue
         if name == "position_embeddings":
             right = rotary is not None and isinstance(value, tuple) and all(part is rotary.weight for part in value)
         elif name in expected:
@@ -287,6 +295,9 @@ def _check_layer_arguments(kwargs: dict[str, Any], expected: dict[str, Any], rot
             right = value is None or value is False
         if not right:
             raise UnsupportedBackboneError(f"its model feeds its layers a `{name}` of its own")
+    for name in ("attention_mask", CACHE):
+        if name not in kwargs:
+            raise UnsupportedBackboneError(f"its model feeds its layers no `{name}`")
 
 
 def _probe_layer(layer: nn.Module, model_kwargs: dict[str, Any]) -> LayerPlan:
@@ -301,7 +312,7 @@ def _probe_layer(layer: nn.Module, model_kwargs: dict[str, Any]) -> LayerPlan:
             "its decoder layer must hold a token mixer, a feed-forward and a norm before each, and holds "
             f"{', '.join(sorted(children))}"
         )
-    offered = {name: _Sentinel(name) for name in LAYER_ARGUMENTS if name in model_kwargs}
+    offered = {name: _Sentinel(name) for name in model_kwargs if name != "hidden_states"}
     hidden_states = torch.sin(torch.arange(_BATCH * _TOKENS * _WIDTH, dtype=torch.float64))
     hidden_states = hidden_states.view(_BATCH, _TOKENS, _WIDTH)
     calls, stand_ins, output = _run_layer(layer, children, hidden_states, {**offered, "probe_kwarg": True})
@@ -330,6 +341,11 @@ def _probe_layer(layer: nn.Module, model_kwargs: dict[str, Any]) -> LayerPlan:
     _check_no_scales(layer, children, hidden_states, offered, expected)
     arguments = _call_arguments(children[mixer], *calls[1][1:])
     sources = {name: value.name for name, value in arguments.items() if isinstance(value, _Sentinel)}
+    lacking = sorted(set(sources.values()) - set(LAYER_ARGUMENTS))
+    if lacking:
+        raise UnsupportedBackboneError(
+            f"its token mixer takes `{'`, `'.join(lacking)}`, which the loop here does not pass"
+        )
     constants = {
         name: value for name, value in arguments.items() if name not in sources and name not in ("probe_kwarg",)
     }

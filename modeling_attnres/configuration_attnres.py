@@ -23,7 +23,9 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
+
+from .compat_attnres import CACHE
 
 
 DEFAULT_NUM_BLOCKS = 8  # the paper's choice: most of Full AttnRes' gain at a fraction of its sources
@@ -94,8 +96,8 @@ class AttnResConfig(PreTrainedConfig):
     """
 
     model_type = "attnres"
-    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = [CACHE]
     # The default plan names layers this model does not have at its top level; the backbone brings its own.
     base_model_fsdp_plan = {}
 
@@ -111,8 +113,11 @@ class AttnResConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         num_blocks = kwargs.pop("num_blocks", None)
         _check_text_config(self.text_config)
-        # Setting up the wrapper resets attributes of its parts, and a dense model may be running on this very object.
-        self.text_config = copy.deepcopy(self.text_config)
+        if isinstance(self.text_config, PreTrainedConfig):
+            # Setting up the wrapper resets attributes of its parts, and a dense model may run on this very object.
+            self.text_config = copy.deepcopy(self.text_config)
+        else:
+            self.text_config = AutoConfig.for_model(**(self.text_config or {"model_type": "llama"}))
         super().__post_init__(**kwargs)
         if not isinstance(getattr(self.text_config, "num_hidden_layers", None), int):
             raise ValueError(
@@ -172,6 +177,15 @@ class AttnResConfig(PreTrainedConfig):
     def block_boundaries(self) -> list[int]:
         """Indices (from 0) of the sublayers that start a block."""
         return list(range(0, self.num_sublayers, self.sublayers_per_block))
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The config of the text model: this one, which reads and writes through to the backbone's.
+
+        With `decoder=True` the backbone's own, from whose fields generation defaults (special tokens) and caches are
+        made. Without it, whoever gets another config than the one asked takes the model for a multimodal one, as vLLM
+        does.
+        """
+        return super().get_text_config(decoder=decoder, encoder=encoder) if decoder else self
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: runs again when the config is saved or validated by hand."""

@@ -27,6 +27,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .backbone_attnres import LAYER_ARGUMENTS, LayerPlan, layer_attention_mask
+from .compat_attnres import CACHE
 from .depth_attention_attnres import DepthRead, DepthStream
 
 
@@ -121,7 +122,7 @@ def backbone_inputs(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | dict | None,
     position_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
 ) -> tuple[list, dict]:
     """Every decoder layer's attention mask, and the keyword arguments that the layers share.
 
@@ -130,14 +131,14 @@ def backbone_inputs(
         inputs_embeds: any hidden states `[B, T, D]`: only their shape, dtype and device count.
     """
     if position_ids is None:
-        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_seen_tokens = cache.get_seq_length() if cache is not None else 0
         position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
         position_ids = position_ids.unsqueeze(0)
     masks = attention_mask
     if not isinstance(masks, dict):  # `generate` prepares them when the cache is static
-        masks = create_masks_for_generate(text_config, inputs_embeds, masks, past_key_values, position_ids)
+        masks = create_masks_for_generate(text_config, inputs_embeds, masks, cache, position_ids)
     masks = [layer_attention_mask(masks, text_config, index) for index in range(text_config.num_hidden_layers)]
-    layer_kwargs = {"position_ids": position_ids, "past_key_values": past_key_values}
+    layer_kwargs = {"position_ids": position_ids, CACHE: cache}
     if hasattr(backbone, "rotary_emb"):
         layer_kwargs["position_embeddings"] = backbone.rotary_emb(inputs_embeds, position_ids=position_ids)
     return masks, layer_kwargs

@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
 )
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -46,24 +47,22 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import (
-    capture_outputs,
-    resolve_hidden_states_indices,
-    selected_hidden_states,
-)
+from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_attnres import backbone_class, check_backbone, check_language_model_head
 from .block_summaries_attnres import BlockSummaries
+from .compat_attnres import CACHE, given_cache, slice_logits_to_keep
 from .configuration_attnres import AttnResConfig
 from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, run_decoder_layers
 from .depth_attention_attnres import DepthAttention
 from .depth_variants_attnres import build_depth_attention, open_stream
 from .peft_attnres import register_peft_targets
 from .state_dict_attnres import to_model_names
+from .twin_attnres import check_untested_version
 
 
 # On disk the backbone keeps its own names: an AttnRes checkpoint is the PreNorm checkpoint plus `depth_attention.*`, and
@@ -105,7 +104,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["AttnResDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "block_summaries"]
+    _skip_keys_device_placement = [CACHE, "block_summaries"]
     # Upper bounds: each instance takes its backbone's own.
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -177,6 +176,7 @@ class AttnResModel(AttnResPreTrainedModel):
         self.depth_input = nn.Identity()
         backbone = backbone_class(config.text_config)(config.text_config)
         plans = check_backbone(backbone)
+        check_untested_version(config.text_config, build_twin)
         depth_attention, self.depth_form = build_depth_attention(config)
         backbone.layers = nn.ModuleList(
             AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block)
@@ -184,6 +184,8 @@ class AttnResModel(AttnResPreTrainedModel):
         )
         # The class that it names is not there any more, and whoever wraps by these names looks for each of them.
         backbone._no_split_modules = self._no_split_modules
+        # Its plan hands one tensor from stage to stage. Depth attention needs every source: `parallel` sends them.
+        backbone._pp_plan = {}
         self.backbone = backbone
         self.depth_attention = depth_attention
         self.gradient_checkpointing = False
@@ -208,6 +210,7 @@ class AttnResModel(AttnResPreTrainedModel):
         block_summaries: BlockSummaries | None = None,
         output_depth_weights: bool = False,
         output_block_summaries: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> AttnResModelOutputWithPast:
         """
@@ -216,6 +219,7 @@ class AttnResModel(AttnResPreTrainedModel):
                 A forward with gradients takes a new one.
             output_depth_weights: whether to return the weights of every mix over depth.
             output_block_summaries: whether to return the sources of the output mix.
+            cache: `past_key_values`, by its newer name.
 
         The other arguments are those of the backbone.
         """
@@ -223,10 +227,11 @@ class AttnResModel(AttnResPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.backbone.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
+        cache = given_cache(past_key_values, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.text_config)
         masks, layer_kwargs = backbone_inputs(
-            self.backbone, self.config.text_config, inputs_embeds, attention_mask, position_ids, past_key_values
+            self.backbone, self.config.text_config, inputs_embeds, attention_mask, position_ids, cache
         )
         layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
 
@@ -256,10 +261,10 @@ class AttnResModel(AttnResPreTrainedModel):
 
         return AttnResModelOutputWithPast(
             last_hidden_state=last_hidden_state,
-            past_key_values=past_key_values,
             hidden_states=tuple(hidden_states) if wanted else None,
             depth_weights=(*depth_weights, output_weights) if output_depth_weights else None,
             block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
+            **{CACHE: cache},
         )
 
     def _is_run_apart(self, layer: AttnResDecoderLayer) -> bool:
@@ -272,8 +277,10 @@ class AttnResModel(AttnResPreTrainedModel):
         count = len(self.backbone.layers) + 1
         if requested is None or requested is False:
             return set()
-        selected = selected_hidden_states(requested)
-        return set(range(count)) if selected is None else resolve_hidden_states_indices(self, selected, count)
+        if requested is True:
+            return set(range(count))
+        selected = [requested] if isinstance(requested, int) else requested
+        return {index % count for index in selected if -count <= index < count}
 
 
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
@@ -281,7 +288,6 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.backbone.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: AttnResConfig):
@@ -303,6 +309,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> AttnResCausalLMOutputWithPast:
         """
@@ -311,6 +318,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
             output_router_logits: for mixture-of-experts backbones that train with it, whether to return router logits
                 and add their load-balancing loss. Defaults to the backbone's config.
             logits_to_keep: how many last positions to compute logits for; 0 for all.
+            cache: `past_key_values`, by its newer name.
             kwargs: further arguments of [`AttnResModel`] (`output_depth_weights`, `block_summaries`, ...).
 
         ```python
@@ -331,6 +339,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
@@ -354,12 +363,12 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             depth_weights=outputs.depth_weights,
             block_summaries=outputs.block_summaries,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -371,6 +380,12 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         # The bank is this model's own: an assistant knows no such argument, or makes one itself.
         shared_kwargs = {name: value for name, value in model_kwargs.items() if name != "block_summaries"}
         return super()._get_candidate_generator(*args, model_kwargs=shared_kwargs, **kwargs)
+
+
+def build_twin(text_config: PreTrainedConfig, with_head: bool) -> AttnResPreTrainedModel:
+    """The model that must equal the plain one while its queries are zero; Full AttnRes, where most can go wrong."""
+    config = AttnResConfig(text_config=text_config, sublayers_per_block=1, depth_weights="sum")
+    return AttnResForCausalLM(config) if with_head else AttnResModel(config)
 
 
 class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel): ...

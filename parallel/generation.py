@@ -111,7 +111,7 @@ def _step(stages, caches, new, mask, positions) -> torch.Tensor:
                 *inputs,
                 attention_mask=part_mask,
                 position_ids=part_positions,
-                past_key_values=stage_caches[micro_batch],
+                cache=stage_caches[micro_batch],
                 logits_to_keep=1,
             )
             if stage.is_last:

@@ -21,9 +21,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import slice_logits_to_keep
 
 from modeling_attnres.block_summaries_attnres import BlockSummaries
+from modeling_attnres.compat_attnres import slice_logits_to_keep
 from modeling_attnres.decoder_layer_attnres import backbone_inputs, run_decoder_layers
 from modeling_attnres.depth_attention_attnres import DepthAttention, DepthStream
 from modeling_attnres.modeling_attnres import AttnResForCausalLM
@@ -83,7 +83,7 @@ class AttnResStageModule(nn.Module):
         cached: tuple[torch.Tensor, ...] = (),
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         logits_to_keep: int = 0,
     ) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """
@@ -92,7 +92,7 @@ class AttnResStageModule(nn.Module):
                 `[B, T, D]`: the depth state, then the sources that this rank's cache lacks.
             cached: the sources `[B, T, D]` that this rank's cache holds, which are the first ones.
             attention_mask, position_ids: `[B, T]` as for the model, the same on every stage.
-            past_key_values: a KV cache for the layers of this stage.
+            cache: a KV cache for the layers of this stage.
             logits_to_keep: how many last positions the last stage computes logits for; 0 for all.
 
         Returns:
@@ -103,7 +103,7 @@ class AttnResStageModule(nn.Module):
             tensors = (backbone.embed_tokens(tensors[0]),)
         hidden = tensors[0]
         masks, layer_kwargs = backbone_inputs(
-            backbone, self.config.text_config, hidden, attention_mask, position_ids, past_key_values
+            backbone, self.config.text_config, hidden, attention_mask, position_ids, cache
         )
         depth = self._depth_stream(hidden)
         if self.is_first:
@@ -113,7 +113,7 @@ class AttnResStageModule(nn.Module):
             state = tensors[:num_state]
             depth.resume((*cached, *tensors[num_state:]))
         layers = {index: backbone.layers[str(index)] for index in self.layers}
-        use_cache = past_key_values is not None
+        use_cache = cache is not None
         state, _, _ = run_decoder_layers(
             layers, depth, state, masks, self.training, use_cache=use_cache, **layer_kwargs
         )

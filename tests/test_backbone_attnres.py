@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from tiny_backbones import BACKBONES, NUM_LAYERS, tiny_backbone, tiny_inputs
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -11,12 +12,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaFor
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, AttnResModel, UnsupportedBackboneError
 from modeling_attnres.backbone_attnres import (
+    LAYER_ARGUMENTS,
     backbone_class,
     backbone_problem,
     check_backbone,
     check_language_model_head,
     supported_backbones,
 )
+from modeling_attnres.compat_attnres import CACHE
 
 
 # --- Taken -----------------------------------------------------------------------------------------------------------
@@ -43,8 +46,8 @@ def test_required_backbones_have_a_plan_for_every_layer(model_type):
 def test_the_plan_of_a_linear_attention_layer():
     linear, *_, full = check_backbone(AutoModel.from_config(tiny_backbone("qwen3_next")))
     assert (linear.mixer, full.mixer) == ("linear_attn", "self_attn")
-    assert linear.mixer_arguments["cache_params"] == "past_key_values"
-    assert full.mixer_arguments["past_key_values"] == "past_key_values"
+    for plan in (linear, full):  # under whatever name the mixer takes it
+        assert list(plan.mixer_arguments.values()).count(CACHE) == 1
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "deepseek_v3", "gpt_oss"])
@@ -242,6 +245,87 @@ def test_a_head_that_caps_its_logits(monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "forward", capped)
     with pytest.raises(UnsupportedBackboneError, match="scales or caps the logits"):
         check_language_model_head(LlamaConfig())
+
+
+# --- A library that calls its layers otherwise -----------------------------------------------------------------------
+
+
+class _CalledOtherwise(nn.Module):
+    """A layer between whose model and itself the keyword arguments change."""
+
+    def __init__(self, layer, change):
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, hidden_states, **kwargs):
+        return self.layer(hidden_states, **self.change(kwargs))
+
+
+def calls_layers_otherwise(backbone, change):
+    """The backbone, whose own `forward` hands its layers what `change` makes of the keyword arguments."""
+    model_class = type(backbone)
+
+    def forward(self, *args, **kwargs):
+        layers = self.layers
+        self.layers = nn.ModuleList(_CalledOtherwise(layer, change) for layer in layers)
+        try:
+            return model_class.forward(self, *args, **kwargs)
+        finally:
+            self.layers = layers
+
+    backbone.__class__ = type(model_class.__name__, (model_class,), {"forward": forward})
+    return backbone
+
+
+@pytest.mark.parametrize("suffix", ["s_", "_of_layer"])
+@pytest.mark.parametrize("name", LAYER_ARGUMENTS)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "kimi_linear"])
+def test_a_renamed_argument_is_refused_by_name(model_type, name, suffix):
+    backbone = AutoModel.from_config(tiny_backbone(model_type))
+    if name == "position_embeddings" and not hasattr(backbone, "rotary_emb"):
+        return  # kimi_linear has none to hand on
+    renamed = calls_layers_otherwise(
+        backbone, lambda kwargs: {key + suffix if key == name else key: value for key, value in kwargs.items()}
+    )
+    with pytest.raises(UnsupportedBackboneError, match=f"'{model_type}'.*feeds its layers a `{name}{suffix}`"):
+        check_backbone(renamed)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", CACHE])
+def test_an_argument_that_is_left_out_is_refused_by_name(name):
+    backbone = AutoModel.from_config(tiny_backbone("qwen3_moe"))
+    changed = calls_layers_otherwise(
+        backbone, lambda kwargs: {key: value for key, value in kwargs.items() if key != name}
+    )
+    with pytest.raises(UnsupportedBackboneError, match=f"feeds its layers no `{name}`"):
+        check_backbone(changed)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids", CACHE])
+def test_another_object_under_the_right_name_is_refused(name):
+    def other(value):
+        return copy.deepcopy(value) if name == CACHE else value.roll(1, dims=-1)
+
+    backbone = AutoModel.from_config(tiny_backbone("llama"))
+    changed = calls_layers_otherwise(backbone, lambda kwargs: {**kwargs, name: other(kwargs[name])})
+    with pytest.raises(UnsupportedBackboneError, match=f"feeds its layers a `{name}` of its own"):
+        check_backbone(changed)
+
+
+@pytest.mark.parametrize("value", [torch.ones(1), None], ids=["given", "none"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "kimi_linear"])
+def test_a_new_argument_is_refused_by_name(model_type, value):
+    """Also where it is nothing in the probe: a mixer that takes it would miss it in another forward."""
+    backbone = AutoModel.from_config(tiny_backbone(model_type))
+    changed = calls_layers_otherwise(backbone, lambda kwargs: {**kwargs, "segment_ids": value})
+    with pytest.raises(UnsupportedBackboneError, match=r"(feeds its layers a|takes) `segment_ids`"):
+        check_backbone(changed)
+
+
+def test_checks_run_where_parameters_are_taken_away():
+    with init_empty_weights():
+        model = AttnResForCausalLM(AttnResConfig(text_config=tiny_backbone("llama"), sublayers_per_block=2))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 # --- Everything this installation has --------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ def test_backbone_attributes_are_read_through(model_type):
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"):
         assert getattr(config, name) == getattr(text_config, name)
     assert config.depth_norm_eps == text_config.rms_norm_eps
-    assert config.get_text_config() is config.text_config
+    assert config.get_text_config() is config  # not the sign of a multimodal model
+    assert config.get_text_config(decoder=True) is config.text_config
     assert not hasattr(config, "no_such_attribute")
 
 

@@ -145,7 +145,7 @@ def test_checkpointed_gradients_are_the_plain_ones(kind, use_reentrant):
     found = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         model.zero_grad()
         model(inputs, labels=inputs).loss.backward()
         found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})

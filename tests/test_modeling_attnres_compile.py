@@ -40,7 +40,7 @@ def test_training_in_one_graph(sublayers_per_block, depth_weights, checkpointing
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     compiled(model)(input_ids, labels=input_ids, use_cache=False).loss.backward()
     for gradient, parameter in zip(expected, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, gradient, **TOLERANCE)

@@ -20,7 +20,7 @@ def training_model(model_type: str, sublayers_per_block: int, depth_weights: str
 
 def check_checkpointed_gradients(model, use_reentrant: bool):
     expected = gradients(model, tiny_inputs())
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     recomputed = gradients(model, tiny_inputs())
     assert recomputed.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -51,7 +51,7 @@ def test_checkpointing_every_other_layer():
     """Plain and checkpointed layers meet in one forward, also within one group of a long block."""
     model = training_model("llama", NUM_SUBLAYERS, "mean")
     expected = gradients(model, tiny_inputs())
-    model.activation_checkpointing_enable(every_n_layers=2)
+    model.gradient_checkpointing_enable(every_n_layers=2)
     assert len({layer.gradient_checkpointing for layer in model.model.backbone.layers}) == 2
     for name, gradient in gradients(model, tiny_inputs()).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
@@ -62,7 +62,7 @@ def test_block_summaries_and_weights_carry_gradients():
     for checkpointed in (False, True):
         model = training_model("llama", 3, "mean")
         if checkpointed:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         outputs = model(tiny_inputs(), output_block_summaries=True, output_depth_weights=True)
         entropy = -sum((weights * weights.log()).sum(-1).mean() for weights in outputs.depth_weights[1:])
         (entropy + outputs.block_summaries.square().mean()).backward()
@@ -147,7 +147,7 @@ def test_gradients_under_autocast(sublayers_per_block, depth_weights):
     expected = {name: gradient.clone() for name, gradient in gradients(model, tiny_inputs()).items()}
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = model(
                 tiny_inputs(), labels=tiny_inputs(), output_depth_weights=True, output_block_summaries=True

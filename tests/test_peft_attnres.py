@@ -298,8 +298,8 @@ def test_checkpointed_gradients_of_the_recipe(use_reentrant, folder):
         model = load_by_peft(folder).train()
         model.set_adapter("default")
         if checkpointed:
-            model.get_base_model().activation_checkpointing_enable(
-                activation_checkpointing_kwargs={"use_reentrant": use_reentrant}
+            model.get_base_model().gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
             )
             model.enable_input_require_grads()
         model(tiny_inputs(), labels=tiny_inputs()).loss.backward()

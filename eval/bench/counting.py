@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_attnres import BlockSummaries
+from modeling_attnres.compat_attnres import CACHE
 
 from .models import VARIANTS, Lineup, Shape, build_lineup, random_tokens
 
@@ -72,9 +73,9 @@ def operations_per_sublayer(lineup: Lineup, variant: str, tokens: int = 8, past:
         with torch.no_grad():
             cache = None
             if past:
-                cache = model(input_ids=random_tokens(lineup.shape, 1, past), use_cache=True).past_key_values
+                cache = model(input_ids=random_tokens(lineup.shape, 1, past), use_cache=True)[CACHE]
             with OperationCounter() as counter:
-                model(input_ids=random_tokens(lineup.shape, 1, tokens), past_key_values=cache, use_cache=True)
+                model(input_ids=random_tokens(lineup.shape, 1, tokens), use_cache=True, **{CACHE: cache})
         counts[name] = counter
     layers = lineup.shape.num_sublayers
     base, ours = counts["base"], counts[variant]
@@ -183,9 +184,7 @@ def chunked_summaries_bytes(shape: Shape, tokens: int, chunk: int, depth_weights
     with torch.no_grad():
         for step in range(math.ceil(tokens / chunk)):
             part = input_ids[:, step * chunk : (step + 1) * chunk]
-            outputs = model(
-                input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1, block_summaries=bank
-            )
-            cache = outputs.past_key_values
+            outputs = model(input_ids=part, use_cache=True, logits_to_keep=1, block_summaries=bank, **{CACHE: cache})
+            cache = outputs[CACHE]
             peak = max(peak, sum(storage.nbytes() for storage in bank_storages(bank).values()))
     return peak

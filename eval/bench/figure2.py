@@ -27,6 +27,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from modeling_attnres.compat_attnres import CACHE, given_cache
+
 
 def figure2_mix(
     sources: Sequence[torch.Tensor], query: torch.Tensor, key_norm: torch.Tensor, eps: float, sums_to_n: bool = False
@@ -110,24 +112,26 @@ class Figure2ForCausalLM(nn.Module):
         use_cache: bool = False,
         labels: torch.Tensor | None = None,
         logits_to_keep: int = 0,
+        cache: DynamicCache | None = None,
     ) -> CausalLMOutputWithPast:
         model = self.base.model
         embedding = model.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.base.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = given_cache(past_key_values, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.base.config)
+        past = cache.get_seq_length() if cache is not None else 0
         position_ids = (torch.arange(input_ids.shape[1], device=input_ids.device) + past).unsqueeze(0)
         layer_kwargs = {
             "attention_mask": create_causal_mask(
                 config=self.base.config,
                 inputs_embeds=embedding,
                 attention_mask=None,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             ),
             "position_ids": position_ids,
             "position_embeddings": model.rotary_emb(embedding, position_ids=position_ids),
-            "past_key_values": past_key_values,
+            CACHE: cache,
         }
         sublayers = [part for layer in model.layers for part in _sublayers(layer, layer_kwargs)]
         mix = figure2_stack(
@@ -138,7 +142,7 @@ class Figure2ForCausalLM(nn.Module):
         loss = None
         if labels is not None:
             loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=self.base.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
 
 def _sublayers(layer: nn.Module, layer_kwargs: dict) -> tuple[Callable, Callable]:

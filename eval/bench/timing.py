@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import Cache, StaticCache
 
 from modeling_attnres import AttnResConfig, BlockSummaries, attention_residuals
+from modeling_attnres.compat_attnres import CACHE
 
 from .figure2 import figure2_stack
 from .models import EqualityGateError, Lineup, random_tokens
@@ -133,7 +134,7 @@ def time_decode(
     prompt, token = random_tokens(lineup.shape, batch, past), random_tokens(lineup.shape, batch, 1)
     actions = {}
     with torch.no_grad():
-        filled = lineup.models["base"](input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+        filled = lineup.models["base"](input_ids=prompt, use_cache=True, logits_to_keep=1)[CACHE]
         for name, model in lineup.models.items():
             step = _step(model, token, copy.deepcopy(filled))
             if model.config.model_type == AttnResConfig.model_type:
@@ -179,7 +180,7 @@ def time_compiled(
 
 
 def _step(model, input_ids: torch.Tensor, cache: Cache) -> Callable[..., object]:
-    return functools.partial(model, input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return functools.partial(model, input_ids=input_ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
 
 def _static_cache(lineup: Lineup, batch: int, length: int) -> StaticCache:

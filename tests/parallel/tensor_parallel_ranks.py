@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import importlib.util
 import os
 import re
 import sys
@@ -33,7 +34,9 @@ DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
 GENERATION = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
 DEPTH = ("model.depth_attention.query", "model.depth_attention.key_norm")
 SLOW_CASES = ("deepseek_v3", "kimi_linear", "mistral", "olmoe", "qwen2", "qwen3", "qwen3_next", "smollm3")
-SAVED = ("plain-by-rank", "sharded-by-rank", "sharded-gathered")
+SAVED_BY_RANK = {"plain-by-rank": False, "sharded-by-rank": True}  # whether the sequence was sharded
+SAVES_BY_RANK = importlib.util.find_spec("transformers.distributed.checkpoint") is not None
+SAVED = (*(SAVED_BY_RANK if SAVES_BY_RANK else ()), "sharded-gathered")
 TOKENS = 13  # no multiple of the number of ranks
 
 
@@ -225,8 +228,8 @@ def refusals() -> dict:
 
 def save() -> list[str]:
     """Checkpoints of two tensor-parallel ranks: rank by rank, and gathered into the usual files."""
-    for name, sharded in (("plain-by-rank", False), ("sharded-by-rank", True)):
-        load("mixtral-3-sum", sharded).save_pretrained(name, distributed_checkpoint=True)
+    for name in SAVED[:-1]:
+        load("mixtral-3-sum", SAVED_BY_RANK[name]).save_pretrained(name, distributed_checkpoint=True)
     load("mixtral-3-sum", sharded=True).save_pretrained("sharded-gathered")
     return [name for name in SAVED if Path(name).exists()]
 

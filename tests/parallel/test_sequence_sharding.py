@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tensor_parallel_ranks import CASES, SAVED, SLOW_CASES, TOKENS
+from tensor_parallel_ranks import CASES, SAVED_BY_RANK, SAVES_BY_RANK, SLOW_CASES, TOKENS
 from tiny_backbones import NUM_SUBLAYERS, tiny_config
 from torch import nn
 
@@ -91,14 +91,16 @@ def test_outputs_are_whole(found):
 def test_reduce_scatter_takes_the_place_of_all_reduce(found):
     for rank in found["collectives"]:
         plain, sharded = rank["plain"], rank["sharded"]
-        # One for the embedding, one per sublayer; the head gathers its logits.
+        # The embedding's, which some versions of Transformers call where nothing counts it.
+        embedding = sharded.pop("c10d_functional.all_reduce", 0)
+        assert embedding in (0, 1)
+        # One per sublayer; the head gathers its logits.
         assert plain == {
-            "c10d_functional.all_reduce": 1 + NUM_SUBLAYERS,
+            "c10d_functional.all_reduce": embedding + NUM_SUBLAYERS,
             "c10d_functional.all_gather_into_tensor": 1,
         }
         # The output is gathered too.
         assert sharded == {
-            "c10d_functional.all_reduce": 1,
             "c10d_functional.reduce_scatter_tensor": NUM_SUBLAYERS,
             "c10d_functional.all_gather_into_tensor": NUM_SUBLAYERS + 2,
         }
@@ -120,13 +122,15 @@ def test_bad_arguments_are_refused_on_every_rank(found):
     for rank in found["refusals"]:
         assert "requires 4 processes, but world_size is 2" in rank["too_many_ranks"]
         assert "['model.nothing'] match nothing in AttnResForCausalLM" in rank["unknown_module"]
-        assert "Unsupported `tp_plan` styles: {'attnres_nothing'}" in rank["unknown_style"]
+        assert re.search(r"Unsupported .* styles: \{'attnres_nothing'\}", rank["unknown_style"])
         assert "`distributed_config` or the standalone `tp_plan`" in rank["both_arguments"]
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", [*SAVED_BY_RANK, "sharded-gathered"])
 @pytest.mark.parametrize("number", ["one", "four"])
 def test_a_checkpoint_of_two_ranks_loads_on(ranks, number, name):
+    if name in SAVED_BY_RANK and not SAVES_BY_RANK:
+        pytest.skip("this Transformers saves no tensor-parallel model rank by rank")
     assert [rank[name] for rank in ranks[f"load_on_{number}"]] == [0.0] * {"one": 1, "four": 4}[number]
 
 
@@ -152,8 +156,10 @@ def test_the_plan_of_a_dense_backbone():
 
 
 def test_backbones_without_a_plan_are_refused():
+    config = tiny_config("gpt_oss")
+    config.text_config.base_model_tp_plan = None  # as it was up to Transformers 5.23
     with pytest.raises(ValueError, match="Backbone 'gpt_oss' has no tensor parallel plan"):
-        sequence_parallel_plan(tiny_config("gpt_oss"))
+        sequence_parallel_plan(config)
 
 
 def test_a_plan_needs_a_head():

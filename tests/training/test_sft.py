@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from modeling_attnres import AttnResForCausalLM, attnres_lora_config
-from modeling_attnres.training import attnres_optimizer
+from modeling_attnres.training import CHECKPOINTING, attnres_optimizer
 
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{index}" for index in range(VOCAB_SIZE - 3))]
@@ -74,7 +74,7 @@ def check_learned(trainer: SFTTrainer, least: float = 0.3):
     "settings",
     [
         {},
-        {"activation_checkpointing": False},
+        {CHECKPOINTING: False},
         {"packing": True, "packing_strategy": "bfd"},
         {"packing": True, "packing_strategy": "wrapped"},
         {"padding_free": True, "max_length": None},

@@ -8,7 +8,7 @@ from tiny_backbones import VOCAB_SIZE, tiny_config, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from modeling_attnres import AttnResForCausalLM, attnres_lora_config
-from modeling_attnres.training import JsonlMetrics, attnres_optimizer, read_metrics
+from modeling_attnres.training import CHECKPOINTING, JsonlMetrics, attnres_optimizer, read_metrics
 
 
 TOKENS = 16
@@ -99,8 +99,8 @@ def test_each_group_has_its_rate_at_every_step(tmp_path):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(use_reentrant, tmp_path, plain):
-    settings = {"activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}, "optim": "sgd"}
-    checkpointed = run(tmp_path, activation_checkpointing=True, learning_rate=0.5, query_lr=0.5, **settings)
+    settings = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}, "optim": "sgd"}
+    checkpointed = run(tmp_path, learning_rate=0.5, query_lr=0.5, **settings)
     assert all(layer.gradient_checkpointing for layer in checkpointed.model.model.backbone.layers)
     assert_close(weights(checkpointed), weights(plain), rtol=1e-4, atol=1e-6)  # fp32, other order of sums
 

@@ -3,6 +3,7 @@ import time
 import pytest
 import torch
 
+from modeling_attnres.compat_attnres import CACHE
 from modeling_attnres.eval.bench.models import PRESETS, EqualityGateError, build_lineup
 from modeling_attnres.eval.bench.timing import (
     Timing,
@@ -60,7 +61,7 @@ def test_all_variants_decode_the_same_positions():
     for name, model in lineup.models.items():
         model.register_forward_pre_hook(
             lambda module, args, kwargs, name=name: lengths[name].append(
-                kwargs["past_key_values"].get_seq_length() if "past_key_values" in kwargs else None
+                kwargs[CACHE].get_seq_length() if CACHE in kwargs else None
             ),
             with_kwargs=True,
         )

@@ -1,0 +1,52 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What differs between the supported versions of Transformers, found by asking the library, never by its version."""
+
+import dataclasses
+
+import torch
+from transformers import modeling_utils
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+
+def _has_field(output_class: type, name: str) -> bool:
+    return name in {field.name for field in dataclasses.fields(output_class)}
+
+
+# The library's name for a KV cache: an argument of its models, layers and masks, and a field of its outputs.
+CACHE = "cache" if _has_field(MoeModelOutputWithPast, "cache") else "past_key_values"
+
+
+def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The KV cache that a model was called with, under either of its names.
+
+    Raises:
+        ValueError: if it was given under both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Give the KV cache as `cache` or as `past_key_values`, not as both.")
+    return past_key_values if cache is None else cache
+
+
+def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The last `logits_to_keep` positions of `[B, T, D]` (0 for all), or those that a tensor of indices names."""
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return hidden_states[:, kept, :]
+
+
+slice_logits_to_keep = getattr(modeling_utils, "slice_logits_to_keep", _slice_logits_to_keep)
+
+
+__all__ = ["CACHE", "given_cache", "slice_logits_to_keep"]
