@@ -83,14 +83,15 @@ class DecodeMean:
         live = read.live
         # Only the newest source has changed since the sublayer before. Its last channel is the floor of its norm.
         torch.linalg.vector_norm(live.newest_with_floor, dim=-1, out=live.newest_norm)
-        weights = torch.softmax(torch.matmul(live.with_floor, read.query) / live.norms, dim=0)
-        mix = cls.weighted_sum(live, weights, *state).view(read.shape)
+        torch.mv(live.rows, read.query, out=live.flat_dots)
+        weights = torch.softmax(live.dots / live.norms, dim=0)
+        mix = cls.weighted_sum(read, weights, *state)
         return mix if mix.dtype == read.dtype else mix.to(read.dtype), weights
 
     @staticmethod
-    def weighted_sum(live: LiveSources, weights: torch.Tensor) -> torch.Tensor:
-        """`[M, 1, D]` from weights `[n, M, 1]`."""
-        return torch.bmm(weights.permute(1, 2, 0), live.per_token)
+    def weighted_sum(read: DecodeRead, weights: torch.Tensor) -> torch.Tensor:
+        """`[B, T, D]` from weights `[n, M, 1]`."""
+        return torch.bmm(weights.permute(1, 2, 0), read.live.per_token).view(read.shape)
 
     @staticmethod
     def mix_weights(read: DecodeRead, weights: torch.Tensor) -> torch.Tensor:
@@ -118,11 +119,9 @@ class DecodeSum(DecodeMean):
         return (embedding,)
 
     @staticmethod
-    def weighted_sum(live: LiveSources, weights: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-        n = len(weights)
-        excess = (weights - 1 / n).permute(1, 2, 0)
-        stream = stream.to(weights.dtype).reshape(len(live.per_token), 1, -1)
-        return torch.baddbmm(stream, excess, live.per_token, alpha=n)
+    def weighted_sum(read: DecodeRead, weights: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+        excess = DecodeMean.weighted_sum(read, weights - read.live.uniform)
+        return torch.add(stream, excess, alpha=len(weights))
 
     @classmethod
     def mix_weights(cls, read: DecodeRead, weights: torch.Tensor) -> torch.Tensor:
