@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow bench lint wheel clean
+.PHONY: install demo test test-slow test-matrix test-oldest bench lint wheel clean
 
 install: .venv/installed
 
@@ -21,6 +21,16 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The fast suite on every version of Transformers that setup.py allows; writes docs/versions.md.
+test-matrix: install
+	$(BIN)/python tests/run_matrix.py
+
+# What the oldest version must pass for every change: the model, generation, loading, conversion, remote code; and that
+# it reads what the newest writes, and the reverse.
+OLDEST := $(wildcard tests/test_*_attnres*.py) tests/test_remote_code.py tests/test_hub.py tests/conversion
+test-oldest: install
+	$(BIN)/python tests/run_matrix.py --versions oldest --tests $(OLDEST) --exchange
 
 bench: install
 	$(BIN)/attnres-bench --published --output build/bench

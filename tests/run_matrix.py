@@ -8,10 +8,12 @@ every other package (torch above all) from the environment that runs this script
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -23,9 +25,11 @@ from tqdm import tqdm
 from modeling_attnres.twin_attnres import TESTED_TRANSFORMERS
 
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 OVERLAYS = ROOT / "build" / "matrix"
 TABLE = ROOT / "docs" / "versions.md"
+TOLERANCE = 1e-5  # fp32 logits: versions of Transformers sum in different orders
 
 
 def overlay(version: str) -> Path:
@@ -40,7 +44,7 @@ def overlay(version: str) -> Path:
     (site_packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--ignore-installed", f"transformers=={version}"], check=True)
-    subprocess.run([*pip, "--no-build-isolation", "--editable", str(ROOT)], check=True)
+    subprocess.run([*pip, "--no-build-isolation", "--editable", str(ROOT)], check=True, stderr=subprocess.DEVNULL)
     ready.touch()
     return python
 
@@ -75,13 +79,47 @@ def run_suite(version: str, tests: list[str], workers: int) -> dict:
     }
 
 
+def exchange(writer: str, reader: str):
+    """Checkpoints and adapters written under one version answer the same under another, by their own code.
+
+    Raises:
+        SystemExit: if they differ by more than rounding.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = [
+            json.loads(run_python(HERE / "exchange_checkpoints.py", action, folder, version=version).splitlines()[-1])
+            for action, version in (("write", writer), ("read", reader))
+        ]
+    versions = [record.pop("transformers") for record in found]
+    if versions != [writer, reader]:
+        raise SystemExit(f"The checkpoints were to be written and read under {writer} and {reader}, got {versions}.")
+    different = {name: gap for name, gap in found[1].items() if gap > (0 if "generated" in name else TOLERANCE)}
+    print(
+        f"written under {writer}, read under {reader}: {len(found[1])} answers, {len(different)} different", flush=True
+    )
+    if different or not found[1]:
+        raise SystemExit(f"Different: {different}")
+
+
+def run_python(*arguments: str | Path, version: str) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    with tempfile.TemporaryDirectory() as cache:
+        environment["HF_HOME"] = cache  # where code of checkpoints is imported from
+        command = [str(overlay(version)), *map(str, arguments)]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{process.stdout}\n{process.stderr}")
+    return process.stdout
+
+
 def table(results: dict[str, dict]) -> str:
     """The page of results, as Markdown."""
     lines = [
         "# Versions of Transformers",
         "",
-        "The fast suite on each minor version that `setup.py` allows, as counted by `make test-matrix`. Tests that call what a",
-        "version does not have yet are not applicable there.",
+        "The fast suite on each minor version that `setup.py` allows, as counted by `make test-matrix` with the other packages of",
+        "`constraints.txt`. Tests that call what a version does not have yet are not applicable there. Checkpoints and adapters",
+        "written under the newest version answer the same under the oldest, by their own code, and the reverse.",
         "",
         "| Transformers | passed | failed | not applicable |",
         "|---|---|---|---|",
@@ -111,14 +149,20 @@ def main():
     parser.add_argument("--versions", nargs="*", default=[], help="numbers, `oldest` or `newest`; default: all")
     parser.add_argument("--tests", nargs="*", default=[], help="files to run; default: the whole fast suite")
     parser.add_argument("--workers", type=int, default=2, help="test processes at a time")
+    parser.add_argument("--exchange", action="store_true", help="also exchange checkpoints of oldest and newest")
     arguments = parser.parse_args()
     results = {}
     for version in tqdm(chosen_versions(arguments.versions), desc="versions"):
         results[version] = run_suite(version, arguments.tests, arguments.workers)
         counts = ", ".join(f"{results[version][name]} {name}" for name in ("passed", "failed", "skipped"))
         print(f"Transformers {version}: {counts}", flush=True)
-    if not arguments.versions and not arguments.tests:
+    whole = not arguments.versions and not arguments.tests
+    if whole:
         TABLE.write_text(table(results))
+    if whole or arguments.exchange:
+        oldest, newest = chosen_versions(["oldest", "newest"])
+        exchange(newest, oldest)
+        exchange(oldest, newest)
     if any(result["failed"] for result in results.values()):
         raise SystemExit("Some tests failed.")
 

@@ -1,9 +1,10 @@
 """`device_map="auto"` over two devices, which a CPU has not: they are pretended, in a process of its own."""
 
 import pytest
-from two_devices import CASES
+from two_devices import CASES, pretend_backend
 
 
+pytestmark = pytest.mark.skipif(pretend_backend is None, reason="this torch cannot pretend devices")
 FIRST, SECOND = "pretend:0", "pretend:1"
 
 
