@@ -14,7 +14,7 @@ from tiny_backbones import VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_processes import serve, serve_in_turn
 
-from modeling_attnres import AttnResForCausalLM
+from modeling_attnres import AttnResForCausalLM, attnres_lora_config
 from modeling_attnres.conversion import convert
 from modeling_attnres.conversion.gguf import unpack_gguf
 
@@ -169,3 +169,21 @@ def test_decode_cost_beside_the_plain_model(smollm2, tmp_path, capsys):
         assert ratio < bar, lines
     with capsys.disabled():
         print("\nCPU time per decode step under vLLM, 1 thread, fp32, 135M parameters:", *lines, sep="\n  ")
+
+
+def test_pipeline_parallel_is_refused_before_weights_are_read(tmp_path):
+    folder = save(served_model("llama", 3, "sum"), tmp_path / "model")
+    (answer,), log = serve(tmp_path, [job(folder, pipeline_parallel_size=2)], seconds=200)
+    assert "error" in answer
+    assert "does not define a pipeline parallel plan" in log
+    assert "Could not find `ModuleList` in" in log
+    assert "Loading weights took" not in log
+
+
+def test_an_adapter_with_queries_of_its_own_is_refused(tmp_path):
+    model = served_model("llama", 3, "sum")
+    base, adapter = save(model, tmp_path / "base"), tmp_path / "adapter"
+    get_peft_model(model, attnres_lora_config(r=4)).save_pretrained(adapter)
+    jobs = [{**job(base, max_lora_rank=8), "adapter": str(adapter)}]
+    (answer,), _ = serve(tmp_path, jobs, seconds=200)
+    assert "Unsupported modules_to_save: ['depth_attention']" in answer["error"]
