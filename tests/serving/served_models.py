@@ -22,14 +22,14 @@ def served_model(model_type: str, sublayers_per_block: int, depth_weights: str, 
 
 def prompts_in_two_rounds(vocab_size: int) -> list[list[list[int]]]:
     """`[round][prompt][token id]`: the second round repeats prompts of the first, or goes on from their first half."""
-    generator = torch.Generator().manual_seed(7)
-
-    def tokens(count):
-        return torch.randint(3, vocab_size, (count,), generator=generator).tolist()
-
-    first = [tokens(length) for length in PROMPT_LENGTHS]
-    forked = [prompt[: len(prompt) // 2] + tokens(20) for prompt in first[-4:]]
+    first = [prompt_of(length, vocab_size, seed=length) for length in PROMPT_LENGTHS]
+    forked = [prompt[: len(prompt) // 2] + prompt_of(20, vocab_size, seed=1000 + len(prompt)) for prompt in first[-4:]]
     return [first, first[::3] + forked]
+
+
+def prompt_of(length: int, vocab_size: int, seed: int) -> list[int]:
+    """Random token ids, without special ones."""
+    return torch.randint(3, vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @torch.no_grad()
