@@ -4,6 +4,8 @@ They run in the environment of `make test-vllm`. "Equal" is equal token ids, all
 are such that no answer hangs on rounding (see `served_models`).
 """
 
+import json
+import shutil
 import statistics
 
 import pytest
@@ -144,31 +146,39 @@ def test_converted_smollm2(smollm2, tmp_path):
     assert "Paris" in tokenizer.decode(answers[0]["rounds"][0]["tokens"][1])
 
 
-# Ratios of CPU time to the plain model, per decoded token: what they may not exceed.
-COST_BARS = {1: 1.08, 8: 1.05}
-DECODED, TIMED_ROUNDS = 24, 9
+# Batches; what a decode step may cost in CPU time beside the plain model's on a machine that does other work as well.
+TIMED_BATCHES, MOST_COST = (1, 8), 1.15
+DECODED, TIMED_ROUNDS, WARM_UP = 24, 13, 2
 
 
 def test_decode_cost_beside_the_plain_model(smollm2, tmp_path, capsys):
-    """Asked in turn; each round's prompts are new, and short beside what is decoded."""
+    """Processes take turns; each round's prompts are new, and short beside what is decoded."""
+    plain, converted = smollm2
+    mean = shutil.copytree(converted, tmp_path / "mean")
+    config = json.loads((mean / "config.json").read_text())
+    (mean / "config.json").write_text(json.dumps({**config, "depth_weights": "mean"}))
     generator = torch.Generator().manual_seed(3)
     rounds = [
         torch.randint(1000, 40_000, (batch, 4), generator=generator).tolist()
-        for batch in COST_BARS
+        for batch in TIMED_BATCHES
         for _ in range(TIMED_ROUNDS)
     ]
-    jobs = [{**job(folder), "rounds": rounds, "max_tokens": DECODED} for folder in smollm2]
-    plain, attnres = serve_in_turn(tmp_path, jobs, seconds=200)
-    lines = []
-    for position, (batch, bar) in enumerate(COST_BARS.items()):
-        part = slice(position * TIMED_ROUNDS, (position + 1) * TIMED_ROUNDS)
-        pairs = [(one["cpu"], other["cpu"]) for one, other in zip(plain["rounds"][part], attnres["rounds"][part])]
-        ratio = statistics.median(other / one for one, other in pairs)
-        per_step = [1000 * statistics.median(times) / DECODED for times in zip(*pairs)]
-        lines.append(f"batch {batch}: {per_step[0]:.1f} ms plain, {per_step[1]:.1f} ms AttnRes, ratio {ratio:.3f}")
-        assert ratio < bar, lines
+    folders = {"plain": plain, "sum": converted, "mean": str(mean)}
+    jobs = [{**job(folder), "rounds": rounds, "max_tokens": DECODED} for folder in folders.values()]
+    answers = dict(zip(folders, serve_in_turn(tmp_path, jobs, seconds=300)))
+    lines, ratios = [], []
+    for position, batch in enumerate(TIMED_BATCHES):
+        part = slice(position * TIMED_ROUNDS + WARM_UP, (position + 1) * TIMED_ROUNDS)
+        seconds = {name: [round_["cpu"] for round_ in answer["rounds"][part]] for name, answer in answers.items()}
+        base = 1000 * statistics.median(seconds["plain"]) / DECODED
+        for form in FORMS:
+            quotients = [one / other for one, other in zip(seconds[form], seconds["plain"])]
+            low, ratio, high = statistics.quantiles(quotients, n=4)
+            ratios.append(ratio)
+            lines.append(f'batch {batch}, "{form}": {ratio:.3f} [{low:.3f}, {high:.3f}] of {base:.1f} ms')
     with capsys.disabled():
-        print("\nCPU time per decode step under vLLM, 1 thread, fp32, 135M parameters:", *lines, sep="\n  ")
+        print("\nCPU time per decode step under vLLM, ratio to plain [quartiles], 1 thread, fp32:", *lines, sep="\n  ")
+    assert max(ratios) < MOST_COST
 
 
 def test_pipeline_parallel_is_refused_before_weights_are_read(tmp_path):
