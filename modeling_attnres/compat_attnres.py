@@ -18,6 +18,7 @@ import dataclasses
 import torch
 from transformers import modeling_utils
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
@@ -40,6 +41,14 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
     return past_key_values if cache is None else cache
 
 
+def is_for_attention_alone(cache: object) -> bool:
+    """Whether `cache` is that of continuous batching, where the library's layers hand it to attention as it came.
+
+    Where `CACHE` is "past_key_values", `cache` is one more keyword of theirs. Where it is "cache", they are one.
+    """
+    return CACHE != "cache" and isinstance(cache, PagedAttentionCache)
+
+
 def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The last `logits_to_keep` positions of `[B, T, D]` (0 for all), or those that a tensor of indices names."""
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -49,4 +58,4 @@ def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | tor
 slice_logits_to_keep = getattr(modeling_utils, "slice_logits_to_keep", _slice_logits_to_keep)
 
 
-__all__ = ["CACHE", "given_cache", "slice_logits_to_keep"]
+__all__ = ["CACHE", "given_cache", "is_for_attention_alone", "slice_logits_to_keep"]

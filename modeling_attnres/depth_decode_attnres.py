@@ -11,14 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Depth attention for one token per sequence: every mix in one pass over all sources, as a decode step wants it.
+"""Depth attention for few tokens: every mix in one pass over all sources, as a decode step wants it.
 
-Letters: B batch, T tokens, D hidden size, L sublayers, S sublayers per block, n sources of a mix.
+Letters: B batch, T tokens, M = B * T, D hidden size, L sublayers, S sublayers per block, n sources of a mix.
 
 A decode step moves few bytes; what it pays for is the number of calls. The two phases save bytes and cost calls, so
 here there is one: `softmax_i(score_i)` over the sources where they lie. The open block grows inside the bank, its norm
 is brought up to date before each mix, and nothing is filed, scored ahead or merged. The sources are kept in at least
-fp32, which for one token is little. Not for training: the bank is written in place.
+fp32, which for few tokens is little. Not for training: the bank is written in place.
+
+Depth attention is per token, so it does not matter how the tokens lie: `generate` steps over `[B, 1]`, one row per
+sequence; servers and continuous batching pack the tokens of all sequences into one row `[1, T]`.
 """
 
 import math
@@ -31,16 +34,16 @@ from .block_summaries_attnres import LiveSources
 from .depth_attention_attnres import DepthStream
 
 
-# Larger batches are moved faster in two phases.
+# More tokens are moved faster in two phases.
 MAX_DECODE_BATCH = 32
 
 
 def is_decode_step(embedding: torch.Tensor) -> bool:
-    """Whether a forward over `embedding` `[B, T, D]` is one that this file is for."""
+    """Whether a forward over `embedding` `[B, T, D]` is one that this file is for: `[B, 1]` or `[1, T]`, few of them."""
     batch, tokens, _ = embedding.shape
     return (
-        tokens == 1
-        and batch <= MAX_DECODE_BATCH
+        min(batch, tokens) == 1
+        and max(batch, tokens) <= MAX_DECODE_BATCH
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(embedding.device.type)  # it would round scores to half precision
     )
@@ -56,14 +59,15 @@ class DecodeRead:
     Attributes:
         live: the sources that it sees.
         query: `[D + 1]`, its folded query and a zero, in at least fp32.
-        opening: `[B, 1, D]`, the slot of a block that its output opens; `None` behind the last slot.
-        dtype: of the mix.
+        opening: `[B, T, D]`, the slot of a block that its output opens; `None` behind the last slot.
+        dtype, shape: of the mix, `[B, T, D]`.
     """
 
     live: LiveSources
     query: torch.Tensor
     opening: torch.Tensor | None
     dtype: torch.dtype
+    shape: torch.Size
 
 
 class DecodeMean:
@@ -75,27 +79,28 @@ class DecodeMean:
 
     @classmethod
     def phase_two(cls, read: DecodeRead, norm_floor: torch.Tensor, *state: torch.Tensor):
-        """The mix `[B, 1, D]`, and its weights `[n, B, 1]`, which sum to 1."""
+        """The mix `[B, T, D]`, and its weights `[n, M, 1]`, which sum to 1."""
         live = read.live
         # Only the newest source has changed since the sublayer before. Its last channel is the floor of its norm.
         torch.linalg.vector_norm(live.newest_with_floor, dim=-1, out=live.newest_norm)
-        weights = torch.softmax(torch.matmul(live.with_floor, read.query) / live.norms, dim=0)
-        mix = cls.weighted_sum(live, weights, *state)
+        torch.mv(live.rows, read.query, out=live.flat_dots)
+        weights = torch.softmax(live.dots / live.norms, dim=0)
+        mix = cls.weighted_sum(read, weights, *state)
         return mix if mix.dtype == read.dtype else mix.to(read.dtype), weights
 
     @staticmethod
-    def weighted_sum(live: LiveSources, weights: torch.Tensor) -> torch.Tensor:
-        """`[B, 1, D]` from weights `[n, B, 1]`."""
-        return torch.bmm(weights.permute(1, 2, 0), live.per_token)
+    def weighted_sum(read: DecodeRead, weights: torch.Tensor) -> torch.Tensor:
+        """`[B, T, D]` from weights `[n, M, 1]`."""
+        return torch.bmm(weights.permute(1, 2, 0), read.live.per_token).view(read.shape)
 
     @staticmethod
     def mix_weights(read: DecodeRead, weights: torch.Tensor) -> torch.Tensor:
-        """The weights as `[B, 1, n]`."""
-        return weights.movedim(0, -1)
+        """The weights as `[B, T, n]`."""
+        return weights.movedim(0, -1).reshape(*read.shape[:-1], -1)
 
     @staticmethod
     def advance(read: DecodeRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
-        """Writes a sublayer's `output` `[B, 1, D]` to the bank: it opens a block or is added to the open one."""
+        """Writes a sublayer's `output` `[B, T, D]` to the bank: it opens a block or is added to the open one."""
         if starts_block:
             read.opening.copy_(output)
         else:
@@ -114,10 +119,9 @@ class DecodeSum(DecodeMean):
         return (embedding,)
 
     @staticmethod
-    def weighted_sum(live: LiveSources, weights: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-        n = len(weights)
-        excess = (weights - 1 / n).permute(1, 2, 0)
-        return torch.baddbmm(stream.to(weights.dtype), excess, live.per_token, alpha=n)
+    def weighted_sum(read: DecodeRead, weights: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+        excess = DecodeMean.weighted_sum(read, weights - read.live.uniform)
+        return torch.add(stream, excess, alpha=len(weights))
 
     @classmethod
     def mix_weights(cls, read: DecodeRead, weights: torch.Tensor) -> torch.Tensor:
@@ -137,8 +141,8 @@ class DecodeStream(DepthStream):
         self.groups = [(0, self.num_sublayers)]
 
     def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Writes the embedding `[B, 1, D]` to the bank as the first source; returns the first depth state."""
-        self.dtype = embedding.dtype
+        """Writes the embedding `[B, T, D]` to the bank as the first source; returns the first depth state."""
+        self.dtype, self.shape = embedding.dtype, embedding.shape
         capacity = 1 + math.ceil(self.num_sublayers / self.sublayers_per_block)
         self.bank.reset_for_decode(embedding, capacity, self.norm_floor)
         self.bank.live(1).newest.copy_(embedding)
@@ -151,10 +155,11 @@ class DecodeStream(DepthStream):
         reads = []
         for sublayer, query in enumerate(nn.functional.pad(self.queries, (0, 1)).unbind(0)):
             started = math.ceil(sublayer / self.sublayers_per_block)  # blocks that have an output
-            reads.append(DecodeRead(lives[started], query, openings[started], self.dtype))
+            reads.append(DecodeRead(lives[started], query, openings[started], self.dtype, self.shape))
         *reads, self.output_read = reads
         return reads
 
     def stacked_sources(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """All sources in order of depth, `[B, 1, n, D]`, as a copy that outlives the bank."""
-        return self.output_read.live.per_token.unsqueeze(1).to(self.dtype, copy=True)
+        """All sources in order of depth, `[B, T, n, D]`, as a copy that outlives the bank."""
+        sources = self.output_read.live.per_token.to(self.dtype, copy=True)
+        return sources.unflatten(0, self.shape[:-1])

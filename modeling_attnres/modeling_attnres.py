@@ -55,7 +55,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_attnres import backbone_class, check_backbone, check_language_model_head
 from .block_summaries_attnres import BlockSummaries
-from .compat_attnres import CACHE, given_cache, slice_logits_to_keep
+from .compat_attnres import CACHE, given_cache, is_for_attention_alone, slice_logits_to_keep
 from .configuration_attnres import AttnResConfig
 from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, run_decoder_layers
 from .depth_attention_attnres import DepthAttention
@@ -227,6 +227,8 @@ class AttnResModel(AttnResPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.backbone.embed_tokens(input_ids)
+        if is_for_attention_alone(cache):
+            kwargs["cache"], cache = cache, None
         cache = given_cache(past_key_values, cache)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.text_config)

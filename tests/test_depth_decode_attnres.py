@@ -1,4 +1,4 @@
-"""One pass over all sources for one token per sequence, against the naive reference."""
+"""One pass over all sources for few tokens, one per sequence or packed into one row, against the naive reference."""
 
 import pytest
 import torch
@@ -11,8 +11,14 @@ from modeling_attnres.depth_variants_attnres import open_stream
 
 
 def one_token(num_sublayers, query_scale, dtype):
+    return few_tokens((2, 1), num_sublayers, query_scale, dtype)
+
+
+def few_tokens(shape, num_sublayers, query_scale, dtype):
+    """A stack over an embedding of `shape` `(B, T)`."""
     embedding, sublayers, query, key_norm, _ = random_stack(num_sublayers, query_scale, dtype)
-    return embedding[:, :1].detach().contiguous(), sublayers, query.detach(), key_norm.detach()
+    embedding = embedding.detach().flatten(0, 1)[: shape[0] * shape[1]].unflatten(0, shape)
+    return embedding.contiguous(), sublayers, query.detach(), key_norm.detach()
 
 
 def decode(stack, sublayers_per_block, depth_weights, bank=None):
@@ -45,10 +51,11 @@ def naive(stack, sublayers_per_block, depth_weights):
 @pytest.mark.parametrize("depth_weights", FORMS)
 @pytest.mark.parametrize(("num_sublayers", "sublayers_per_block"), SCHEDULES)
 @pytest.mark.parametrize("query_scale", [0.0, 0.5, 5.0], ids=["zero", "random", "near-one-hot"])
-def test_one_pass_equals_naive(num_sublayers, sublayers_per_block, depth_weights, query_scale):
-    exact = naive(one_token(num_sublayers, query_scale, torch.float64), sublayers_per_block, depth_weights)
+@pytest.mark.parametrize("shape", [(2, 1), (1, 5)], ids=["rows", "packed"])
+def test_one_pass_equals_naive(num_sublayers, sublayers_per_block, depth_weights, query_scale, shape):
+    exact = naive(few_tokens(shape, num_sublayers, query_scale, torch.float64), sublayers_per_block, depth_weights)
     for dtype in (torch.float64, torch.float32):
-        stack = one_token(num_sublayers, query_scale, dtype)
+        stack = few_tokens(shape, num_sublayers, query_scale, dtype)
         mixes, weights, sources = decode(stack, sublayers_per_block, depth_weights)
         if dtype == torch.float64:
             tolerance = 1e-12  # rounding over a stack: the two are equal in exact arithmetic
@@ -59,20 +66,39 @@ def test_one_pass_equals_naive(num_sublayers, sublayers_per_block, depth_weights
         # The weights of the output mix are those behind it.
         torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights[-1], sources), mixes[-1])
         total = 1.0 if depth_weights == "mean" else float(sources.shape[2])
-        torch.testing.assert_close(weights[-1].sum(-1), torch.full((2, 1), total, dtype=dtype))
-        assert weights[0].shape == (2, 1, 1)
+        torch.testing.assert_close(weights[-1].sum(-1), torch.full(shape, total, dtype=dtype))
+        assert weights[0].shape == (*shape, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_sublayers", "sublayers_per_block"), [*SCHEDULES, (100, 1), (98, 2)])
 def test_sum_with_zero_queries_is_the_residual_stream_bit_for_bit(num_sublayers, sublayers_per_block, dtype):
     stack = one_token(num_sublayers, 0.0, dtype)
+    assert_plain_stream(stack, sublayers_per_block)
+    packed = few_tokens((1, 5), num_sublayers, 0.0, dtype)
+    assert_plain_stream(packed, sublayers_per_block)
+
+
+def assert_plain_stream(stack, sublayers_per_block):
     mixes, _, _ = decode(stack, sublayers_per_block, "sum")
     stream = stack[0]
     for mix, sublayer in zip(mixes, stack[1]):
         assert torch.equal(mix, stream)
         stream = stream + sublayer(stream)
     assert torch.equal(mixes[-1], stream)
+
+
+@pytest.mark.parametrize("depth_weights", FORMS)
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+def test_packed_tokens_are_mixed_as_in_rows_of_their_own(depth_weights, strided):
+    embedding, *rest = few_tokens((1, 5), 12, 0.5, torch.float64)
+    if strided:  # sublayers of a model may hand on views
+        embedding = embedding.expand(2, 5, -1).transpose(1, 2).contiguous().transpose(1, 2)[:1]
+        rest[0] = [lambda x, sublayer=sublayer: sublayer(x.mT.contiguous().mT) for sublayer in rest[0]]
+    packed = decode((embedding, *rest), 5, depth_weights)
+    rows = decode((embedding.transpose(0, 1), *rest), 5, depth_weights)
+    for in_one, in_own in zip([*packed[0], *packed[1], packed[2]], [*rows[0], *rows[1], rows[2]], strict=True):
+        torch.testing.assert_close(in_one, in_own.transpose(0, 1), rtol=1e-13, atol=1e-13)  # fp64 rounding
 
 
 @pytest.mark.parametrize("depth_weights", FORMS)
@@ -105,10 +131,20 @@ def test_what_counts_as_a_decode_step():
     assert not is_decode_step(embedding)  # with gradients
     with torch.no_grad():
         assert is_decode_step(embedding)
+        assert is_decode_step(embedding.transpose(0, 1))
         assert not is_decode_step(embedding.expand(2, 2, 8))
-        assert not is_decode_step(embedding[:1].expand(33, 1, 8))
+        for too_many in (embedding[:1].expand(33, 1, 8), embedding[:1].expand(1, 33, 8)):
+            assert not is_decode_step(too_many)
         with torch.autocast("cpu", torch.bfloat16):
             assert not is_decode_step(embedding)
+
+
+def test_a_bank_serves_rows_and_packed_tokens_in_turn():
+    bank = BlockSummaries()
+    for shape in ((2, 1), (1, 2), (1, 5), (2, 1)):
+        stack = few_tokens(shape, 8, 0.5, torch.float32)
+        mixes, _, _ = decode(stack, 3, "sum", bank)
+        assert all(map(torch.equal, mixes, decode(stack, 3, "sum")[0]))
 
 
 def test_a_read_is_one_leaf_to_whoever_replaces_the_tensors_of_arguments():

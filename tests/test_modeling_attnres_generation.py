@@ -195,16 +195,19 @@ def test_decode_steps_reuse_one_allocation(sublayers_per_block):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("sublayers_per_block", "depth_weights"), [(1, "mean"), (3, "mean"), (2, "sum"), (8, "sum")])
-def test_a_decode_step_is_the_two_phase_computation(sublayers_per_block, depth_weights, dtype, monkeypatch):
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 1), (1, 5)], ids=["rows", "packed"])
+def test_a_decode_step_is_the_two_phase_computation(
+    batch, tokens, sublayers_per_block, depth_weights, dtype, monkeypatch
+):
     model = tiny_model("llama", sublayers_per_block, depth_weights).to(dtype)
     outputs = []
     for largest_batch in (32, 0):  # in one pass, in two phases
         monkeypatch.setattr(depth_decode_attnres, "MAX_DECODE_BATCH", largest_batch)
         with torch.no_grad():
-            cache = model(tiny_inputs(), use_cache=True).past_key_values
+            cache = model(tiny_inputs(batch), use_cache=True).past_key_values
             outputs.append(
                 model(
-                    tiny_inputs(tokens=1),
+                    tiny_inputs(batch, tokens),
                     past_key_values=cache,
                     output_hidden_states=True,
                     output_depth_weights=True,

