@@ -143,7 +143,7 @@ def _constant(value: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 def _kept_in_fp32(model: AttnResForCausalLM) -> set[str]:
     """Parts of parameter names that the backbone keeps in fp32 whatever the model's dtype."""
-    backbone = model.model.backbone
+    backbone = model.model
     groups = [backbone._keep_in_fp32_modules, backbone._keep_in_fp32_modules_strict]
     return {name for group in groups if group for name in group}
 

@@ -204,7 +204,9 @@ def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Modu
     In training mode, so that a dropout of the forward itself shows too.
     """
     probe = copy.copy(module)
-    probe.__dict__ = {**module.__dict__, "_modules": dict(children), "training": True}
+    # Whoever hooks into a module that runs (the library records outputs so) hooks into the copy alone.
+    hooks = {name: copy.copy(value) for name, value in vars(module).items() if name.endswith("_hooks")}
+    probe.__dict__ = {**module.__dict__, **hooks, "_modules": dict(children), "training": True}
     return probe
 
 

@@ -19,13 +19,22 @@ block, N blocks.
 
 import copy
 import math
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .compat_attnres import CACHE
+from .flat_config_attnres import (
+    OwnField,
+    backbone_fields,
+    backbone_of,
+    blank_config,
+    config_class_for,
+    keep_own_fields_apart,
+    public_names,
+)
 
 
 DEFAULT_NUM_BLOCKS = 8  # the paper's choice: most of Full AttnRes' gain at a fraction of its sources
@@ -43,24 +52,39 @@ DEPTH_ATTENTION_TYPES = (
 DEFAULT_DEPTH_WINDOW = 8  # the paper's ablation, as are 16 heads
 DEFAULT_DEPTH_HEADS = 16
 
-# Read through the wrapper these would be written into its own config.json or looked up under the wrong class.
-_NOT_FORWARDED = ("rope_parameters", "per_layer_config", "auto_map")
+
+class _SublayersPerBlock(OwnField):
+    """S; once found valid, it goes on holding for a config whose layers become fewer: the whole depth is one block."""
+
+    def __get__(self, config: "AttnResConfig | None", owner: type | None = None) -> Any:
+        value = super().__get__(config, owner)
+        if config is None or config._valid_depth is None:
+            return value
+        return min(value, config.num_sublayers)
+
+    def __set__(self, config: "AttnResConfig", value: Any):
+        super().__set__(config, value)
+        config._valid_depth = None
 
 
 @strict
 class AttnResConfig(PreTrainedConfig):
     r"""
-    Configuration of an AttnRes model: a backbone (`text_config`) and how its residual stream attends over depth.
+    Configuration of an AttnRes model: the fields of its backbone's config, and how its residual stream attends over
+    depth.
 
-    Attributes of `text_config` can be read and written on this config (`config.hidden_size`).
+    An instance belongs to a subclass of the backbone's own config class as well (`isinstance(config, Qwen3Config)`), made
+    when it is first asked for: fields, aliases, checks and parallel plans are the library's. `config.text_config` shows
+    the same fields as a config of the backbone alone. What is written through either is read through both.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlamaConfig()`):
-            Configuration of the PreNorm decoder whose residual adds become depth attention. A `dict` must carry its
-            `model_type`.
+            Configuration of the PreNorm decoder whose residual adds become depth attention; copied. A `dict` must carry
+            its `model_type`. Fields given beside it (`vocab_size=...`) take the place of its own.
         sublayers_per_block (`int`, *optional*):
             S, the sublayers whose outputs are summed into one block, from 1 (Full AttnRes) to L. Need not divide L:
             the last block takes what remains. Give this or `num_blocks`; without either, `num_blocks=8` (capped at L).
+            If a config is read or copied with fewer layers, so that S is more than they have, S becomes L.
         num_blocks (`int`, *optional*):
             N, as constructor sugar for `sublayers_per_block=ceil(L / N)`; not stored. Reading `config.num_blocks`
             gives the number of blocks that S results in.
@@ -83,7 +107,7 @@ class AttnResConfig(PreTrainedConfig):
 
     Raises:
         ValueError: if an argument is out of range, both block arguments are given, or `text_config` does not say
-            which backbone it describes.
+            which backbone it describes, or one whose fields have names of this config's own.
 
     ```python
     >>> from transformers import Qwen3Config
@@ -96,12 +120,12 @@ class AttnResConfig(PreTrainedConfig):
     """
 
     model_type = "attnres"
-    sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = [CACHE]
-    # The default plan names layers this model does not have at its top level; the backbone brings its own.
-    base_model_fsdp_plan = {}
+    # Set on the subclass of a backbone: that backbone's config class, and the class that the subclass was made of.
+    backbone_config_class: ClassVar[type[PreTrainedConfig] | None] = None
+    attnres_config_class: ClassVar[type["AttnResConfig"] | None] = None
+    # Apart from the `__dict__`, which holds the backbone's fields and is shared with `text_config`.
+    __slots__ = ("_own", "_valid_depth")
 
-    text_config: dict | PreTrainedConfig | None = None
     sublayers_per_block: int | None = None
     depth_weights: str = "mean"
     depth_norm_eps: float | int | None = None
@@ -110,58 +134,107 @@ class AttnResConfig(PreTrainedConfig):
     depth_window: int | None = None
     depth_heads: int | None = None
 
+    def __new__(cls, *args, text_config: Any = None, backbone_type: str | None = None, **kwargs):
+        if cls.backbone_config_class is None:
+            cls = config_class_for(cls, backbone_of(text_config, backbone_type, kwargs.get("model_type")))
+        return blank_config(cls)
+
+    def __init__(self, **kwargs):
+        # What comes with a model type was saved before, and was valid then.
+        copied = kwargs.pop("backbone_type", None) is not None or "model_type" in kwargs
+        kwargs.pop("model_type", None)  # of the class: in the `__dict__` it would show in `text_config`
+        text_config = kwargs.pop("text_config", None)
+        values = backbone_fields(text_config, kwargs)
+        architectures = getattr(text_config, "architectures", None)
+        for field in fields(self):
+            default = field.default_factory() if field.default is MISSING else field.default
+            setattr(self, field.name, values.pop(field.name, default))
+        # A file has one such field, and it names this model; the backbone's own is kept for `text_config` alone.
+        vars(self)["architectures"] = architectures
+        self._valid_depth = self._own["sublayers_per_block"] if copied else None
+        self.__post_init__(**values)
+
+    def __init_subclass__(cls, **kwargs):
+        # Fields are set by the `__init__` above, or by one that calls it, and not by a generated one.
+        if "__init__" not in vars(cls):
+            cls.__init__ = super(cls, cls).__init__
+        super().__init_subclass__(**kwargs)
+        if cls.backbone_config_class is None:
+            keep_own_fields_apart(cls)
+
     def __post_init__(self, **kwargs):
         num_blocks = kwargs.pop("num_blocks", None)
-        _check_text_config(self.text_config)
-        if isinstance(self.text_config, PreTrainedConfig):
-            # Setting up the wrapper resets attributes of its parts, and a dense model may run on this very object.
-            self.text_config = copy.deepcopy(self.text_config)
-        else:
-            self.text_config = AutoConfig.for_model(**(self.text_config or {"model_type": "llama"}))
         super().__post_init__(**kwargs)
-        if not isinstance(getattr(self.text_config, "num_hidden_layers", None), int):
+        if not isinstance(getattr(self, "num_hidden_layers", None), int):
             raise ValueError(
                 "`text_config` must describe a decoder and give its `num_hidden_layers`, got a "
-                f"'{self.text_config.model_type}' config (of a multimodal model, pass the text config alone)."
+                f"'{self.backbone_type}' config (of a multimodal model, pass the text config alone)."
             )
         if num_blocks is not None:
-            if self.sublayers_per_block is not None:
+            if self._own["sublayers_per_block"] is not None:
                 raise ValueError(
                     "Give `sublayers_per_block` or `num_blocks`, not both: got "
-                    f"sublayers_per_block={self.sublayers_per_block} and num_blocks={num_blocks}."
+                    f"sublayers_per_block={self._own['sublayers_per_block']} and num_blocks={num_blocks}."
                 )
             self.num_blocks = num_blocks
-        elif self.sublayers_per_block is None:
+        elif self._own["sublayers_per_block"] is None:
             self.num_blocks = min(DEFAULT_NUM_BLOCKS, self.num_sublayers)
         if self.depth_norm_eps is None:
-            self.depth_norm_eps = _backbone_norm_eps(self.text_config)
+            self.depth_norm_eps = _backbone_norm_eps(self)
         if self.depth_window is None and self.depth_attention_type == "sliding_window":
             self.depth_window = DEFAULT_DEPTH_WINDOW
         if self.depth_heads is None and self.depth_attention_type == "multi_head":
             self.depth_heads = DEFAULT_DEPTH_HEADS
         self._validate_depth_attention()
 
-    def __getattr__(self, name: str) -> Any:
-        # Only called when normal lookup fails: what the wrapper lacks is read from the backbone's config.
-        if not name.startswith("_") and name not in _NOT_FORWARDED:
-            text_config = self.__dict__.get("text_config")
-            if isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
-                return getattr(text_config, name)
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+    def __reduce_ex__(self, protocol: int):
+        # No module holds the class under its name: it is made again. The own fields are in a slot, which takes protocol 2.
+        *_, (state, slots), _, _ = super().__reduce_ex__(max(protocol, 2))
+        made_of = (self.attnres_config_class, self.backbone_config_class)
+        return _blank_copy, made_of, (state, {**slots, "_own": dict(self._own)})
 
-    def __setattr__(self, name: str, value: Any):
-        # What is read from the backbone's config is written there too: a copy here would hide it and do nothing.
-        own = name.startswith("_") or name in _NOT_FORWARDED or name in self.__dict__ or hasattr(type(self), name)
-        text_config = None if own else self.__dict__.get("text_config")
-        if isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name):
-            setattr(text_config, name, value)
-        else:
-            super().__setattr__(name, value)
+    def __iter__(self) -> Iterator[str]:
+        yield from super().__iter__()
+        yield from self._own
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers: the fields of the backbone, `backbone_type`, and this config's own."""
+        output = {**super().to_dict(), **copy.deepcopy(self._own)}
+        output["sublayers_per_block"] = self.sublayers_per_block
+        output["backbone_type"] = self.backbone_type
+        return public_names(output, self.backbone_config_class)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "AttnResConfig":
+        """This config: whoever gets another one than it asked takes the model for a multimodal one, as vLLM does."""
+        return self
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The backbone's fields as a config of its own class, without those of depth attention; live, not a copy."""
+        view = object.__new__(self.backbone_config_class)
+        object.__setattr__(view, "__dict__", self.__dict__)
+        return view
+
+    @text_config.setter
+    def text_config(self, value: PreTrainedConfig):
+        if type(value) is not self.backbone_config_class:
+            raise ValueError(
+                f"`text_config` of an existing config must stay a {self.backbone_config_class.__name__}, got "
+                f"{type(value).__name__}."
+            )
+        state = copy.deepcopy(vars(value))
+        vars(self).clear()
+        vars(self).update(state)
+
+    @property
+    def backbone_type(self) -> str:
+        """The backbone's `model_type`."""
+        return self.backbone_config_class.model_type
 
     @property
     def num_sublayers(self) -> int:
         """L: two sublayers (token mixer, feed-forward) per decoder layer."""
-        return 2 * self.text_config.num_hidden_layers
+        return 2 * self.num_hidden_layers
 
     @property
     def num_blocks(self) -> int:
@@ -178,21 +251,14 @@ class AttnResConfig(PreTrainedConfig):
         """Indices (from 0) of the sublayers that start a block."""
         return list(range(0, self.num_sublayers, self.sublayers_per_block))
 
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The config of the text model: this one, which reads and writes through to the backbone's.
-
-        With `decoder=True` the backbone's own, from whose fields generation defaults (special tokens) and caches are
-        made. Without it, whoever gets another config than the one asked takes the model for a multimodal one, as vLLM
-        does.
-        """
-        return super().get_text_config(decoder=decoder, encoder=encoder) if decoder else self
-
     def validate_architecture(self):
         """Part of `@strict`-powered validation: runs again when the config is saved or validated by hand."""
+        super().validate_architecture()
         self._validate_depth_attention()
 
     def _validate_depth_attention(self):
         _check_in_range("sublayers_per_block", self.sublayers_per_block, self.num_sublayers)
+        self._valid_depth = max(self._valid_depth or 0, self.num_sublayers)
         if self.depth_weights not in DEPTH_WEIGHTS:
             raise ValueError(f"`depth_weights` must be one of {DEPTH_WEIGHTS}, got {self.depth_weights!r}.")
         if not self.depth_norm_eps > 0:
@@ -217,11 +283,14 @@ class AttnResConfig(PreTrainedConfig):
                 )
             if kind == owner and (isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
-        if kind == "multi_head" and self.text_config.hidden_size % self.depth_heads:
+        if kind == "multi_head" and self.hidden_size % self.depth_heads:
             raise ValueError(
-                f"`depth_heads` must divide the backbone's hidden size {self.text_config.hidden_size}, got "
-                f"{self.depth_heads}."
+                f"`depth_heads` must divide the backbone's hidden size {self.hidden_size}, got {self.depth_heads}."
             )
+
+
+keep_own_fields_apart(AttnResConfig)
+AttnResConfig.sublayers_per_block = _SublayersPerBlock("sublayers_per_block", None)
 
 
 def _check_in_range(name: str, value: Any, num_sublayers: int):
@@ -232,27 +301,13 @@ def _check_in_range(name: str, value: Any, num_sublayers: int):
         )
 
 
-def _check_text_config(text_config: Any):
-    if text_config is None:
-        return
-    if isinstance(text_config, dict):
-        if not text_config.get("model_type"):
-            raise ValueError(
-                "`text_config` given as a dict must name its backbone in `model_type` (for example 'llama'), got keys "
-                f"{sorted(text_config)}."
-            )
-        model_type = text_config["model_type"]
-    elif isinstance(text_config, PreTrainedConfig):
-        model_type = text_config.model_type
-    else:
-        raise ValueError(f"`text_config` must be a config object or a dict, got {type(text_config).__name__}.")
-    if model_type == AttnResConfig.model_type:
-        raise ValueError("`text_config` must describe the PreNorm backbone, got an AttnRes config.")
+def _blank_copy(cls: type[AttnResConfig], backbone_class: type[PreTrainedConfig]) -> AttnResConfig:
+    return blank_config(config_class_for(cls, backbone_class))
 
 
-def _backbone_norm_eps(text_config: PreTrainedConfig) -> float:
+def _backbone_norm_eps(config: PreTrainedConfig) -> float:
     for name in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon"):
-        if (eps := getattr(text_config, name, None)) is not None:
+        if (eps := getattr(config, name, None)) is not None:
             return eps
     return 1e-6  # backbones without the field fix the epsilon in code (olmo's non-parametric LayerNorm)
 

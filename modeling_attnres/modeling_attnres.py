@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -38,8 +40,6 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -48,31 +48,24 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone_attnres import backbone_class, check_backbone, check_language_model_head
+from .backbone_attnres import check_backbone, check_language_model_head
 from .block_summaries_attnres import BlockSummaries
 from .compat_attnres import CACHE, given_cache, is_for_attention_alone, slice_logits_to_keep
 from .configuration_attnres import AttnResConfig
 from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, run_decoder_layers
 from .depth_attention_attnres import DepthAttention
 from .depth_variants_attnres import build_depth_attention, open_stream
+from .flat_config_attnres import on_config_class
+from .model_class_attnres import FORMER_LEVEL, blank_model, model_class_for, plain_shell
 from .peft_attnres import register_peft_targets
-from .state_dict_attnres import to_model_names
+from .state_dict_attnres import rename_former_names, to_model_names
 from .twin_attnres import check_untested_version
-
-
-# On disk the backbone keeps its own names: an AttnRes checkpoint is the PreNorm checkpoint plus `depth_attention.*`, and
-# a plain PreNorm checkpoint loads with only those missing. The backbone's own mappings (experts...) apply below this.
-register_checkpoint_conversion_mapping(
-    AttnResConfig.model_type,
-    # With and without a head on top; a prefix that is only looked at keeps the pattern reversible.
-    [WeightRenaming(r"(?:^|(?<=^model\.))(embed_tokens|layers|norm)\.", r"backbone.\1.")],
-    overwrite=True,  # this code may be imported a second time, from a checkpoint's own copy
-)
 
 
 @dataclass
@@ -105,38 +98,51 @@ class AttnResPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["AttnResDecoderLayer"]
     _skip_keys_device_placement = [CACHE, "block_summaries"]
-    # Upper bounds: each instance takes its backbone's own.
+    # Upper bounds: the class that is made for a backbone has the backbone's own.
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Recorded inside the backbone, by the backbone's own registry; hidden states are the loop's (see AttnResModel).
-    _can_record_outputs = {"attentions": [], "router_logits": []}
+    # PEFT brings an adapter's names by this to the model's: adapters of earlier versions have one level more.
+    _checkpoint_conversion_mapping = {FORMER_LEVEL: ""}
+    # On the class that is made for a backbone: the backbone's model class, and what makes the class again.
+    backbone_model_class: type[PreTrainedModel] | None = None
+    made_of: tuple[type, ...] | None = None
+    # Where the library keeps the class of its own that plays the part of this one.
+    library_classes: Mapping | None = None
+
+    def __new__(cls, config: AttnResConfig | None = None, *args, **kwargs):
+        if config is not None and cls.made_of is None:
+            cls = model_class_for(cls, config)
+        return super().__new__(cls)
 
     def __init__(self, config: AttnResConfig, *args, **kwargs):
         config.validate_architecture()
-        if not isinstance(config, AttnResConfig):
-            # Out of a folder, Transformers imports the config's file twice: by itself, and for this one. The generic
-            # heads ask `AutoModel` by the config's class.
-            AutoModel.register(type(config), AttnResModel, exist_ok=True)
-        backbone = backbone_class(config.text_config)
-        for flag in (
-            "_supports_flash_attn",
-            "_supports_sdpa",
-            "_supports_flex_attn",
-            "_supports_attention_backend",
-            "_can_compile_fullgraph",
-            "_is_stateful",
-        ):
-            setattr(self, flag, getattr(backbone, flag))
+        # Out of a folder, Transformers imports the config's file twice: by itself, and for this one. The generic heads
+        # ask `AutoModel` by the config's class.
+        AutoModel.register(type(config), AttnResModel, exist_ok=True)
         super().__init__(config, *args, **kwargs)
 
-    def initialize_weights(self):
-        # The backbone by itself, before: in what it takes for custom code, Transformers passes over modules without
-        # weights of their own, and some of those initialise their children's (the routers of qwen3_next).
-        self.base_model.backbone.initialize_weights()
-        super().initialize_weights()
+    def __reduce_ex__(self, protocol: int):
+        # No module holds the class under its name: it is made again.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (blank_model, self.made_of, *state)
+
+    # The library answers these two by the source of the module that a class is from.
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return (cls.backbone_model_class or super())._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return (cls.backbone_model_class or super())._can_set_experts_implementation()
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # In what it takes for custom code, Transformers passes over modules without weights of their own, and some of
+        # those initialise their children's (the routers of qwen3_next). Loaded weights are left alone either way.
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -151,7 +157,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
         the package is installed: the base model alone, or another head on top of it.
         """
         if type(self).__module__ == __name__:  # a subclass from elsewhere brings its own file, not this one
-            self.config.auto_map = (vars(self.config).get("auto_map") or {}) | auto_map()
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
@@ -162,40 +168,44 @@ class AttnResPreTrainedModel(PreTrainedModel):
 class AttnResModel(AttnResPreTrainedModel):
     """The backbone's decoder with attention over depth in place of its residual adds.
 
-    The backbone is built by Transformers and kept as a child: embedding, rotary, token mixers, feed-forwards, norms,
-    masks and KV caches are the library's. Depth attention adds one module, [`DepthAttention`].
+    An instance belongs to a subclass of the backbone's own model class as well (`isinstance(model, Qwen3Model)`), whose
+    constructor builds it: children and their names, initialisation, masks, KV caches and parallel plans are the
+    library's. Every decoder layer becomes an [`AttnResDecoderLayer`], and [`DepthAttention`] is the one module with
+    weights that is added.
 
     Raises:
         UnsupportedBackboneError: at construction, if the backbone is not a plain PreNorm decoder.
     """
 
+    library_classes = MODEL_MAPPING
+
     def __init__(self, config: AttnResConfig):
         super().__init__(config)
-        # The embedding as the first source of depth: where sequence sharding cuts it, after masks and positions are
-        # made. First of the children, so that a device map puts it beside the embedding.
-        self.depth_input = nn.Identity()
-        backbone = backbone_class(config.text_config)(config.text_config)
-        plans = check_backbone(backbone)
+        plans = check_backbone(plain_shell(self))
         check_untested_version(config.text_config, build_twin)
         depth_attention, self.depth_form = build_depth_attention(config)
-        backbone.layers = nn.ModuleList(
+        self.layers = nn.ModuleList(
             AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block)
-            for index, (layer, plan) in enumerate(zip(backbone.layers, plans, strict=True))
+            for index, (layer, plan) in enumerate(zip(self.layers, plans, strict=True))
         )
-        # The class that it names is not there any more, and whoever wraps by these names looks for each of them.
-        backbone._no_split_modules = self._no_split_modules
-        # Its plan hands one tensor from stage to stage. Depth attention needs every source: `parallel` sends them.
-        backbone._pp_plan = {}
-        self.backbone = backbone
+        # The embedding as the first source of depth: where sequence sharding cuts it, after masks and positions are
+        # made. First of the children, so that a device map puts it beside the embedding.
+        children = dict(self._modules)
+        self._modules.clear()
+        self._modules.update({"depth_input": nn.Identity(), **children})
         self.depth_attention = depth_attention
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embed_tokens
+    def post_init(self):
+        """As in Transformers, once all is built: the backbone's own constructor calls it before."""
+        if "depth_attention" in self._modules:
+            super().post_init()
 
-    def set_input_embeddings(self, value: nn.Module):
-        self.backbone.embed_tokens = value
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args):
+        # Here, and not in `load_state_dict`, which is called on whatever is around this model (PEFT, DDP...).
+        rename_former_names(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -226,17 +236,16 @@ class AttnResModel(AttnResPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.backbone.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
         if is_for_attention_alone(cache):
             kwargs["cache"], cache = cache, None
         cache = given_cache(past_key_values, cache)
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config.text_config)
-        masks, layer_kwargs = backbone_inputs(
-            self.backbone, self.config.text_config, inputs_embeds, attention_mask, position_ids, cache
-        )
+            cache = DynamicCache(config=self.config)
+        masks, layer_kwargs = backbone_inputs(self, self.config, inputs_embeds, attention_mask, position_ids, cache)
         layer_kwargs.update(use_cache=use_cache, output_depth_weights=output_depth_weights, **kwargs)
 
+        layers = list(self.layers)[: self.config.num_hidden_layers]  # fewer while `assistant_early_exit` drafts
         embedding = self.depth_input(inputs_embeds)
         # Beside the embedding, where the bank lies, also if a device map has put the module elsewhere.
         queries, norm_floor = (tensor.to(embedding.device) for tensor in self.depth_attention(embedding))
@@ -246,19 +255,19 @@ class AttnResModel(AttnResPreTrainedModel):
         depth = open_stream(
             self.depth_form,
             embedding,
-            queries,
+            queries[: 2 * len(layers) + 1],
             norm_floor,
             bank,
             self.config.sublayers_per_block,
-            undivided=not any(self._is_run_apart(layer) for layer in self.backbone.layers),
+            undivided=not any(self._is_run_apart(layer) for layer in layers),
         )
         state = depth.start(embedding)
         wanted = self._wanted_hidden_states(kwargs)
         state, hidden_states, depth_weights = run_decoder_layers(
-            list(self.backbone.layers), depth, state, masks, self.training, wanted, **layer_kwargs
+            layers, depth, state, masks, self.training, wanted, **layer_kwargs
         )
         mix, output_weights = depth.mix_output(state, with_weights=output_depth_weights)
-        last_hidden_state = self.backbone.norm(mix)
+        last_hidden_state = self.norm(mix)
         hidden_states.append(last_hidden_state if len(hidden_states) in wanted else None)
 
         return AttnResModelOutputWithPast(
@@ -276,7 +285,7 @@ class AttnResModel(AttnResPreTrainedModel):
     def _wanted_hidden_states(self, kwargs: dict) -> set[int]:
         """Indices of the hidden states that `output_hidden_states` asks for: none, all, or those it names."""
         requested = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        count = len(self.backbone.layers) + 1
+        count = self.config.num_hidden_layers + 1
         if requested is None or requested is False:
             return set()
         if requested is True:
@@ -288,15 +297,14 @@ class AttnResModel(AttnResPreTrainedModel):
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
     """[`AttnResModel`] with the language model head of its backbone."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.backbone.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    library_classes = MODEL_FOR_CAUSAL_LM_MAPPING
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: AttnResConfig):
         super().__init__(config)
         self.model = AttnResModel(config)
         check_language_model_head(config.text_config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -333,9 +341,8 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=5)[0])
         ```
         """
-        text_config = self.config.text_config
         if output_router_logits is None:
-            output_router_logits = getattr(text_config, "output_router_logits", False)
+            output_router_logits = getattr(self.config, "output_router_logits", False)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -351,15 +358,15 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         aux_loss = None
-        if output_router_logits and outputs.router_logits and hasattr(text_config, "router_aux_loss_coef"):
+        if output_router_logits and outputs.router_logits and hasattr(self.config, "router_aux_loss_coef"):
             num_experts = outputs.router_logits[0].shape[-1]
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, num_experts, text_config.num_experts_per_tok, attention_mask
+                outputs.router_logits, num_experts, self.config.num_experts_per_tok, attention_mask
             )
             if loss is not None:
-                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
 
         return AttnResCausalLMOutputWithPast(
             loss=loss,
@@ -396,13 +403,7 @@ class AttnResForSequenceClassification(GenericForSequenceClassification, AttnRes
 class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel): ...
 
 
-class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel):
-    # The generic head looks for `embed_tokens` right below its base model.
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
+class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel): ...
 
 
 # Registered here, not by the package: a checkpoint's own copy of this file has to be as complete. (The generic heads
@@ -417,6 +418,16 @@ AUTO_CLASSES = {
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class)
     _model_class.register_for_auto_class(_auto_class.__name__)
+
+
+def _register(config_class: type[AttnResConfig]):
+    for auto_class, model_class in AUTO_CLASSES.items():
+        auto_class.register(config_class, model_class, exist_ok=True)
+
+
+on_config_class(_register)
+# Whoever has only a model's name looks it up here, such as `Trainer`: whether labels are to be shifted.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[AttnResConfig.model_type] = "AttnResForCausalLM"
 register_peft_targets()
 
 

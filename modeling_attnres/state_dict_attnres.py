@@ -59,3 +59,29 @@ def to_model_names(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor
         for target, value in converter.convert(name, model=model, config=model.config).items():
             result[target] = value[0] if isinstance(value, list) else value
     return result
+
+
+def rename_former_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], prefix: str):
+    """Takes the level `backbone.` out of a state dict's names, in place.
+
+    State dicts that torch, distributed checkpoints or PEFT saved from earlier versions have it.
+
+    Args:
+        model: the base model.
+        state_dict: of whatever holds the model.
+        prefix: the model's name in it, up to a dot.
+
+    Raises:
+        ValueError: if a name without the level is not the model's, or is there already.
+    """
+    former = prefix + "backbone."
+    old = [name for name in state_dict if name.startswith(former)]
+    if not old:
+        return
+    own = model.state_dict(prefix=prefix).keys()
+    for name in old:
+        renamed = prefix + name.removeprefix(former)
+        if renamed not in own or renamed in state_dict:
+            reason = "is there too" if renamed in state_dict else "is not a tensor of this model"
+            raise ValueError(f"The state dict has `{name}`, a name of earlier versions, but `{renamed}` {reason}.")
+        state_dict[renamed] = state_dict.pop(name)

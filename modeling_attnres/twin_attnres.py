@@ -226,7 +226,7 @@ def _copy_weights(plain: PreTrainedModel, twin: PreTrainedModel):
         elif name.endswith("depth_attention.key_norm"):
             tensor.fill_(1.0)
         else:
-            tensor.copy_(weights[name.replace("backbone.", "", 1)])
+            tensor.copy_(weights[name])
 
 
 __all__ = ["TESTED_TRANSFORMERS", "check_untested_version", "shrunk_config"]

@@ -251,15 +251,15 @@ def sequence_parallel_plan(
             f"`model_class` must be one with a head, such as AttnResForCausalLM, got {model_class.__name__}."
         )
     base = model.base_model_prefix
-    layers = f"{base}.backbone.layers.*"
+    layers = f"{base}.layers.*"
     plan = {
         base: "attnres_whole_outputs",
         f"{base}.depth_input": "attnres_shard_tokens",
         f"{base}.depth_attention": "attnres_partial_gradient",
         layers: "attnres_sharded_layer",
-        f"{base}.backbone.norm": "attnres_partial_gradient",
+        f"{base}.norm": "attnres_partial_gradient",
     }
-    for layer in model.base_model.backbone.layers:
+    for layer in model.base_model.layers:
         plan[f"{layers}.{layer.plan.mixer_norm}"] = "attnres_partial_gradient"
         plan[f"{layers}.{layer.plan.feed_forward_norm}"] = "attnres_partial_gradient"
     if taken := sorted(plan.keys() & model.tp_plan.keys()):
@@ -270,7 +270,7 @@ def sequence_parallel_plan(
     # Where the library sums partial gradients (the norms of split heads), it is to do so before accumulating too.
     partial = [name for name, style in model.tp_plan.items() if style == "replicated_with_grad_allreduce"]
     plan.update(dict.fromkeys(partial, "attnres_partial_gradient"))
-    for layer in model.base_model.backbone.layers:
+    for layer in model.base_model.layers:
         for sublayer in (layer.plan.mixer, layer.plan.feed_forward):
             for name, _ in getattr(layer, sublayer).named_children():
                 if model.tp_plan.get(projection := f"{layers}.{sublayer}.{name}") == "rowwise":

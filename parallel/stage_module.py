@@ -53,16 +53,14 @@ class AttnResStageModule(nn.Module):
         self.layers = layout.layers(stage)
         whole = model.model
         self.depth_form = whole.depth_form
-        backbone = nn.Module()
-        if self.is_first:
-            backbone.embed_tokens = whole.backbone.embed_tokens
-        backbone.layers = nn.ModuleDict({str(index): whole.backbone.layers[index] for index in self.layers})
-        if hasattr(whole.backbone, "rotary_emb"):
-            backbone.rotary_emb = whole.backbone.rotary_emb
-        if self.is_last:
-            backbone.norm, self.lm_head = whole.backbone.norm, model.lm_head
         self.model = nn.Module()
-        self.model.backbone = backbone
+        if self.is_first:
+            self.model.embed_tokens = whole.embed_tokens
+        self.model.layers = nn.ModuleDict({str(index): whole.layers[index] for index in self.layers})
+        if hasattr(whole, "rotary_emb"):
+            self.model.rotary_emb = whole.rotary_emb
+        if self.is_last:
+            self.model.norm, self.lm_head = whole.norm, model.lm_head
         self.model.depth_attention = self._own_queries(whole.depth_attention)
         self.train(model.training)
 
@@ -98,13 +96,10 @@ class AttnResStageModule(nn.Module):
         Returns:
             what the next stage receives (on the last stage the logits), and what this rank's cache is to keep.
         """
-        backbone = self.model.backbone
         if self.is_first:
-            tensors = (backbone.embed_tokens(tensors[0]),)
+            tensors = (self.model.embed_tokens(tensors[0]),)
         hidden = tensors[0]
-        masks, layer_kwargs = backbone_inputs(
-            backbone, self.config.text_config, hidden, attention_mask, position_ids, cache
-        )
+        masks, layer_kwargs = backbone_inputs(self.model, self.config, hidden, attention_mask, position_ids, cache)
         depth = self._depth_stream(hidden)
         if self.is_first:
             state = depth.start(hidden)
@@ -112,13 +107,13 @@ class AttnResStageModule(nn.Module):
             num_state = self.layout.state_tensors(self.stage)
             state = tensors[:num_state]
             depth.resume((*cached, *tensors[num_state:]))
-        layers = {index: backbone.layers[str(index)] for index in self.layers}
+        layers = {index: self.model.layers[str(index)] for index in self.layers}
         use_cache = cache is not None
         state, _, _ = run_decoder_layers(
             layers, depth, state, masks, self.training, use_cache=use_cache, **layer_kwargs
         )
         if self.is_last:
-            hidden = slice_logits_to_keep(backbone.norm(depth.mix_output(state)[0]), logits_to_keep)
+            hidden = slice_logits_to_keep(self.model.norm(depth.mix_output(state)[0]), logits_to_keep)
             return self.lm_head(hidden), ()
         sent = self.layout.received_sources(self.stage + 1)
         kept = self.layout.kept_sources(self.stage)

@@ -251,7 +251,7 @@ def reduce_shared_gradients(stages: Sequence[AttnResPipelineStage]):
         if not stage.shares_embeddings or not (stage.is_first or stage.is_last):
             continue
         module = stage.submod
-        weight = module.model.backbone.embed_tokens.weight if stage.is_first else module.lm_head.weight
+        weight = module.model.embed_tokens.weight if stage.is_first else module.lm_head.weight
         if weight.grad is None:
             raise RuntimeError(
                 "`reduce_shared_gradients` comes after a backward, and the shared weight has no `grad`."

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import init_empty_weights
-from tiny_backbones import BACKBONES, NUM_LAYERS, tiny_backbone, tiny_inputs
+from tiny_backbones import BACKBONES, NUM_LAYERS, load_plain_weights, tiny_backbone, tiny_inputs
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
@@ -374,8 +374,7 @@ def test_supported_backbones_are_the_dense_models_bit_for_bit():
             model = AttnResForCausalLM(
                 AttnResConfig(text_config=config, sublayers_per_block=sublayers_per_block, depth_weights="sum")
             ).eval()
-            model.model.backbone.load_state_dict(dense.model.state_dict())
-            model.lm_head.load_state_dict(dense.lm_head.state_dict())
+            load_plain_weights(model, dense)
             with torch.no_grad():
                 difference = (model(tiny_inputs()).logits - expected).abs().max().item()
             if difference != 0.0:

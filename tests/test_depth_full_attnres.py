@@ -109,13 +109,13 @@ def test_a_merge_passes_gradcheck(depth_weights):
 
 def stream_of(model, training=False):
     streams = []
-    original = model.model.backbone.layers[0].forward
+    original = model.model.layers[0].forward
 
     def spy(*args, **kwargs):
         streams.append(kwargs["form"])
         return original(*args, **kwargs)
 
-    model.model.backbone.layers[0].forward = spy
+    model.model.layers[0].forward = spy
     model.train(training)(tiny_inputs())
     return streams[0]
 
@@ -124,7 +124,7 @@ def test_steps_aside_for_layers_that_are_run_apart():
     assert stream_of(tiny_model("llama", 1)) is depth_full_attnres.FullMean
     assert stream_of(tiny_model("llama", 2)) is FORMS["mean"]
     hooked = tiny_model("llama", 1)
-    add_hook_to_module(hooked.model.backbone.layers[1], ModelHook())
+    add_hook_to_module(hooked.model.layers[1], ModelHook())
     assert stream_of(hooked) is FORMS["mean"]
     assert isinstance(FORMS["mean"].stream(torch.zeros(3, 4), torch.tensor(0.0), BlockSummaries(), 1), DepthStream)
     recomputing = tiny_model("llama", 1)

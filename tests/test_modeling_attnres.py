@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from tiny_backbones import BACKBONES, NUM_LAYERS, NUM_SUBLAYERS, tiny_backbone, tiny_config, tiny_inputs, tiny_model
+from tiny_backbones import (
+    BACKBONES,
+    NUM_LAYERS,
+    NUM_SUBLAYERS,
+    load_plain_weights,
+    tiny_backbone,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+)
 from transformers import AutoModel, AutoModelForCausalLM
 
 from modeling_attnres import (
@@ -32,8 +41,7 @@ def wrap(dense, sublayers_per_block: int, depth_weights: str = "sum") -> AttnRes
         text_config=copy.deepcopy(dense.config), sublayers_per_block=sublayers_per_block, depth_weights=depth_weights
     )
     model = AttnResForCausalLM(config).to(dense.dtype).eval()
-    model.model.backbone.load_state_dict(dense.model.state_dict())
-    model.lm_head.load_state_dict(dense.lm_head.state_dict())
+    load_plain_weights(model, dense)
     return model
 
 
@@ -42,7 +50,7 @@ def wrap(dense, sublayers_per_block: int, depth_weights: str = "sum") -> AttnRes
 
 def figure_2(model: AttnResForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
     """The paper's Figure 2 written out for a Llama: block representations, partial sum, one mix before each sublayer."""
-    backbone, depth, block_size = model.model.backbone, model.model.depth_attention, model.config.sublayers_per_block
+    backbone, depth, block_size = model.model, model.model.depth_attention, model.config.sublayers_per_block
     queries, norms = iter(depth.query), iter(depth.key_norm)
 
     def block_attn_res(blocks, partial_block):
@@ -114,7 +122,7 @@ def reference_mixes(model: AttnResForCausalLM, outputs: list[torch.Tensor], embe
 def run_recording(model: AttnResForCausalLM, input_ids: torch.Tensor):
     """A forward with everything returned, and what reached and left each sublayer."""
     reads, outputs, handles = [], [], []
-    for layer in model.model.backbone.layers:
+    for layer in model.model.layers:
         for norm, sublayer in (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")):
             handles.append(
                 getattr(layer, norm).register_forward_pre_hook(lambda _, arguments: reads.append(arguments[0]))
@@ -126,7 +134,7 @@ def run_recording(model: AttnResForCausalLM, input_ids: torch.Tensor):
                     )
                 )
             )
-    handles.append(model.model.backbone.norm.register_forward_pre_hook(lambda _, args: reads.append(args[0])))
+    handles.append(model.model.norm.register_forward_pre_hook(lambda _, args: reads.append(args[0])))
     with torch.no_grad():
         result = model(input_ids, output_hidden_states=True, output_depth_weights=True, output_block_summaries=True)
     for handle in handles:
@@ -162,7 +170,7 @@ def test_every_mix_weight_and_source_follows_the_equations(sublayers_per_block, 
     # What a PreNorm user expects: what each token mixer reads before its norm, and the end after the final norm.
     for hidden_states, read in zip(result.hidden_states, reads[:-1:2], strict=False):
         assert torch.equal(hidden_states, read)
-    assert torch.equal(result.hidden_states[-1], model.model.backbone.norm(reads[-1]))
+    assert torch.equal(result.hidden_states[-1], model.model.norm(reads[-1]))
     assert len(result.hidden_states) == NUM_LAYERS + 1
 
 
@@ -295,10 +303,9 @@ def test_initialisation_draws_the_dense_models_weights(model_type):
     torch.manual_seed(3)
     model = AttnResForCausalLM(tiny_config(model_type))
     assert torch.rand(()) == next_dense_draw
-    ours, theirs = model.model.backbone.state_dict(), dense.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
+    ours, theirs = model.state_dict(), dense.state_dict()
+    assert ours.keys() - theirs.keys() == {"model.depth_attention.query", "model.depth_attention.key_norm"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not model.model.depth_attention.query.any()
     assert (model.model.depth_attention.key_norm == 1).all()
 
@@ -390,13 +397,13 @@ def test_question_answering_finds_spans_and_its_embeddings():
     result = model(tiny_inputs(), start_positions=positions, end_positions=positions + 1)
     assert result.start_logits.shape == result.end_logits.shape == (2, 12)
     assert torch.isfinite(result.loss)
-    assert model.get_input_embeddings() is model.model.backbone.embed_tokens
+    assert model.get_input_embeddings() is model.model.embed_tokens
     replacement = torch.nn.Embedding(5, model.config.hidden_size)
     model.set_input_embeddings(replacement)
-    assert model.model.backbone.embed_tokens is replacement
+    assert model.model.embed_tokens is replacement
 
 
 def test_auto_classes_build_the_attnres_models():
     config = tiny_config()
-    assert type(AutoModel.from_config(config)) is AttnResModel
-    assert type(AutoModelForCausalLM.from_config(config)) is AttnResForCausalLM
+    assert isinstance(AutoModel.from_config(config), AttnResModel)
+    assert isinstance(AutoModelForCausalLM.from_config(config), AttnResForCausalLM)

@@ -37,7 +37,7 @@ def test_save_and_reload_is_exact(tmp_path, model_type, dtype):
     models = []
     for source, target in (("first", "second"), ("second", "third")):
         model, info = AutoModelForCausalLM.from_pretrained(tmp_path / source, dtype=dtype, output_loading_info=True)
-        assert type(model) is AttnResForCausalLM
+        assert isinstance(model, AttnResForCausalLM)
         assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         model.save_pretrained(tmp_path / target)
         models.append(model)
@@ -73,7 +73,7 @@ def test_base_and_heads_load_each_others_checkpoints(tmp_path):
     model = tiny_model("mixtral", 3)
     model.save_pretrained(tmp_path / "causal")
     base = AutoModel.from_pretrained(tmp_path / "causal")
-    assert type(base) is AttnResModel
+    assert isinstance(base, AttnResModel)
     assert_same_weights(model.model, base)
     base.save_pretrained(tmp_path / "base")
     head, info = AttnResForSequenceClassification.from_pretrained(tmp_path / "base", output_loading_info=True)
@@ -160,20 +160,18 @@ def test_disk_offload(tmp_path, model_type, sublayers_per_block):
     model = tiny_model(model_type, sublayers_per_block)
     model.save_pretrained(tmp_path / "checkpoint", max_shard_size="50KB")
     device_map = {
-        "model.backbone.embed_tokens": "cpu",
-        "model.backbone.rotary_emb": "cpu",
-        "model.backbone.layers.0": "cpu",
-        **{f"model.backbone.layers.{index}": "disk" for index in (1, 2, 3)},
-        "model.backbone.norm": "cpu",
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        **{f"model.layers.{index}": "disk" for index in (1, 2, 3)},
+        "model.norm": "cpu",
         "model.depth_attention": "disk",
         "lm_head": "disk",
     }
     offloaded = AttnResForCausalLM.from_pretrained(
         tmp_path / "checkpoint", device_map=device_map, offload_folder=tmp_path / "offload"
     )
-    assert (
-        offloaded.model.backbone.layers[2].mlp.gate_proj.weight.device.type == "meta" if model_type == "llama" else 1
-    )
+    assert offloaded.model.layers[2].mlp.gate_proj.weight.device.type == "meta" if model_type == "llama" else 1
     with torch.no_grad():
         # fp32 rounding: Full takes another way where hooks come between the layers
         torch.testing.assert_close(offloaded(tiny_inputs()).logits, model(tiny_inputs()).logits, rtol=1e-4, atol=1e-5)
@@ -198,7 +196,7 @@ def test_int8_weights_leave_the_depth_attention_alone(tmp_path):
     quantized = AttnResForCausalLM.from_pretrained(
         tmp_path, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig())
     )
-    assert "Int8" in type(quantized.model.backbone.layers[0].mlp.up_proj.weight).__name__
+    assert "Int8" in type(quantized.model.layers[0].mlp.up_proj.weight).__name__
     for name in DEPTH_KEYS:
         assert type(quantized.get_parameter(name)) is torch.nn.Parameter
         assert torch.equal(quantized.get_parameter(name), model.get_parameter(name))
@@ -220,5 +218,5 @@ def test_meta_model_takes_a_state_dict():
         empty = AttnResForCausalLM(tiny_config("llama", 3))
     # Buffers that no checkpoint holds are not in the state dict: the rotary embedding is built anew.
     empty.load_state_dict(model.state_dict(), assign=True)
-    empty.model.backbone.rotary_emb = model.model.backbone.rotary_emb
+    empty.model.rotary_emb = model.model.rotary_emb
     assert torch.equal(empty.eval()(tiny_inputs()).logits, model(tiny_inputs()).logits)

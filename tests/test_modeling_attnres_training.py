@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from tiny_backbones import BACKBONES, NUM_SUBLAYERS, tiny_backbone, tiny_config, tiny_inputs, tiny_model
+from tiny_backbones import (
+    BACKBONES,
+    NUM_SUBLAYERS,
+    load_plain_weights,
+    tiny_backbone,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+)
 from transformers import AutoModelForCausalLM
 
 from modeling_attnres import AttnResForCausalLM
@@ -52,7 +60,7 @@ def test_checkpointing_every_other_layer():
     model = training_model("llama", NUM_SUBLAYERS, "mean")
     expected = gradients(model, tiny_inputs())
     model.gradient_checkpointing_enable(every_n_layers=2)
-    assert len({layer.gradient_checkpointing for layer in model.model.backbone.layers}) == 2
+    assert len({layer.gradient_checkpointing for layer in model.model.layers}) == 2
     for name, gradient in gradients(model, tiny_inputs()).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
@@ -168,7 +176,6 @@ def test_zero_queries_are_the_prenorm_model_under_autocast(model_type):
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(tiny_backbone(model_type))
     model = AttnResForCausalLM(tiny_config(model_type, 3, "sum"))
-    model.model.backbone.load_state_dict(dense.model.state_dict())
-    model.lm_head.load_state_dict(dense.lm_head.state_dict())
+    load_plain_weights(model, dense)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model.eval()(tiny_inputs()).logits, dense.eval()(tiny_inputs()).logits)

@@ -87,7 +87,7 @@ def base(folder):
 @pytest.mark.parametrize("model_type", BACKBONES)
 def test_no_target_list_is_needed(model_type):
     model = get_peft_model(tiny_model(model_type), LoraConfig(task_type="CAUSAL_LM"))
-    layers = [name.removeprefix("model.backbone.layers.").split(".", 1) for name in model.targeted_module_names]
+    layers = [name.removeprefix("model.layers.").split(".", 1) for name in model.targeted_module_names]
     assert {name for _, name in layers} == QUERY_AND_VALUE[model_type]
     assert {int(index) for index, _ in layers} == set(range(NUM_LAYERS))
 
@@ -263,7 +263,7 @@ def test_adapters_cannot_be_mixed_within_a_batch(folder):
 
 def test_a_merged_model_saves_as_any_other(folder, tmp_path):
     merged = load_by_peft(folder).merge_and_unload()
-    assert type(merged) is AttnResForCausalLM
+    assert isinstance(merged, AttnResForCausalLM)
     # fp32: W x + B A x against (W + B A) x.
     torch.testing.assert_close(logits(merged), torch.load(folder / "logits"), rtol=1e-4, atol=1e-5)
     merged.save_pretrained(tmp_path)

@@ -105,6 +105,13 @@ def tiny_model(*args, model_class=AttnResForCausalLM, seed: int = 0, query_std: 
     return model
 
 
+def load_plain_weights(model, plain):
+    """Gives an AttnRes model the weights of a plain one; all but depth attention have the same names."""
+    result = model.load_state_dict(plain.state_dict(), strict=False)
+    assert all(name.startswith("model.depth_attention.") for name in result.missing_keys)
+    assert not result.unexpected_keys
+
+
 @torch.no_grad()
 def randomize_depth_attention(model, query_std: float = 0.5):
     """Queries of standard deviation `query_std`, key norms around 1: nothing cancels that should not."""

@@ -144,14 +144,13 @@ def _variant(base, shape: Shape, name: str, query: nn.Parameter, key_norm: nn.Pa
     )
     with torch.device("meta"):
         model = AttnResForCausalLM(config)
-    state = {
-        name.replace("model.", "model.backbone.", 1): parameter
-        for name, parameter in base.state_dict(keep_vars=True).items()
+    state = base.state_dict(keep_vars=True) | {
+        "model.depth_attention.query": query,
+        "model.depth_attention.key_norm": key_norm,
     }
-    state |= {"model.depth_attention.query": query, "model.depth_attention.key_norm": key_norm}
     # With `assign` the parameters themselves are shared, not copied: every variant reads the same memory.
     model.load_state_dict(state, assign=True)
-    model.model.backbone.rotary_emb = base.model.rotary_emb
+    model.model.rotary_emb = base.model.rotary_emb
     return model
 
 

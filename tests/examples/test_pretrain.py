@@ -73,9 +73,9 @@ def test_variants_start_from_the_same_backbone_and_see_the_same_data(texts, tmp_
         )
     prenorm, block = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("prenorm", "block"))
     expected, found = prenorm.state_dict(), block.state_dict()
-    assert torch.equal(found["model.backbone.embed_tokens.weight"], expected["model.embed_tokens.weight"])
+    assert torch.equal(found["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
     name = "layers.3.mlp.down_proj.weight"
-    assert torch.equal(found[f"model.backbone.{name}"], expected[f"model.{name}"])
+    assert torch.equal(found[f"model.{name}"], expected[f"model.{name}"])
 
 
 class Killed(BaseException): ...

@@ -69,7 +69,7 @@ def build_model(case: Case):
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     if case.frozen:  # the first stages have nothing to train
         model.requires_grad_(False)
-        model.model.backbone.layers[-2].requires_grad_(True)
+        model.model.layers[-2].requires_grad_(True)
     return model.train()
 
 
@@ -166,7 +166,7 @@ def training_errors(mesh, cases: list[Case]) -> list[dict]:
         found = merge_stage_tensors(gradients.values())
         expected = {name: gradient for name, gradient in expected.items() if gradient is not None}
         if case.tied:
-            assert torch.equal(found.pop("lm_head.weight"), found["model.backbone.embed_tokens.weight"])
+            assert torch.equal(found.pop("lm_head.weight"), found["model.embed_tokens.weight"])
         assert found.keys() == expected.keys()
         results.append(
             {
@@ -301,7 +301,7 @@ def sharded_errors(mesh, case: Case) -> float | None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     stages = build_stages(mesh["pp"], case)
     for stage in stages:
-        for layer in stage.submod.model.backbone.layers.values():
+        for layer in stage.submod.model.layers.values():
             fully_shard(layer, mesh=mesh["dp"])
         fully_shard(stage.submod, mesh=mesh["dp"])
     schedule = build_schedule(stages, case)

@@ -213,7 +213,7 @@ def refusals() -> dict:
         "too_many_ranks": {"distributed_config": too_many},
         "unknown_module": {"distributed_config": DistributedConfig(tp_size=2, tp_plan={"model.nothing": "colwise"})},
         "unknown_style": {
-            "distributed_config": DistributedConfig(tp_size=2, tp_plan={"model.backbone.norm": "attnres_nothing"})
+            "distributed_config": DistributedConfig(tp_size=2, tp_plan={"model.norm": "attnres_nothing"})
         },
         "both_arguments": {"distributed_config": too_many, "tp_plan": "auto"},
     }

@@ -19,7 +19,7 @@ def test_layers_lie_on_both_devices(found):
     for case in found.values():
         assert case["layers"] == sorted(case["layers"])
         # The embedding enters the depth stream where it is; the queries may lie at the other end.
-        assert case["map"]["model.depth_input"] == case["map"]["model.backbone.embed_tokens"] == FIRST
+        assert case["map"]["model.depth_input"] == case["map"]["model.embed_tokens"] == FIRST
         assert case["map"]["model.depth_attention"] == SECOND
 
 

@@ -141,7 +141,7 @@ def test_a_killed_rank_is_an_error_of_the_others(ranks):
 
 
 def test_the_plan_of_a_dense_backbone():
-    base, layers = "model", "model.backbone.layers.*"
+    base, layers = "model", "model.layers.*"
     assert sequence_parallel_plan(tiny_config("llama")) == {
         base: "attnres_whole_outputs",
         f"{base}.depth_input": "attnres_shard_tokens",
@@ -151,7 +151,7 @@ def test_the_plan_of_a_dense_backbone():
         f"{layers}.post_attention_layernorm": "attnres_partial_gradient",
         f"{layers}.self_attn.o_proj": "attnres_rowwise_scatter",
         f"{layers}.mlp.down_proj": "attnres_rowwise_scatter",
-        f"{base}.backbone.norm": "attnres_partial_gradient",
+        f"{base}.norm": "attnres_partial_gradient",
     }
 
 
@@ -170,7 +170,7 @@ def test_a_plan_needs_a_head():
 def test_a_plan_that_rules_the_same_modules_is_refused():
     config = tiny_config("llama")
     config.text_config.base_model_tp_plan = {"layers.*.input_layernorm": "sequence_parallel"}
-    with pytest.raises(ValueError, match=r"rules of its own for model\.backbone\.layers\.\*\.input_layernorm"):
+    with pytest.raises(ValueError, match=r"rules of its own for model\.layers\.\*\.input_layernorm"):
         sequence_parallel_plan(config)
 
 

@@ -77,7 +77,7 @@ def forward(
         "logits": str(output.logits.device),
         "bank": str(summaries.sources.device),
         "returned_summaries": str(output.block_summaries.device),
-        "layers": [device_map[f"model.backbone.layers.{index}"] for index in range(4)],
+        "layers": [device_map[f"model.layers.{index}"] for index in range(4)],
         "weights": [str(weights.device) for weights in output.depth_weights],
     }
 

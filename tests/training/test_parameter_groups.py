@@ -34,8 +34,8 @@ def test_rates_and_decay_of_every_group():
     ]
     found = names_by_group(model, groups)
     assert found["depth_attention"] == DEPTH
-    assert "model.backbone.layers.0.self_attn.q_proj.weight" in found["decay"]
-    assert "model.backbone.norm.weight" in found["no_decay"]
+    assert "model.layers.0.self_attn.q_proj.weight" in found["decay"]
+    assert "model.norm.weight" in found["no_decay"]
     assert attnres_parameter_groups(model, lr=1e-5)[-1]["lr"] == DEFAULT_QUERY_LR == 3e-4
 
 
@@ -63,7 +63,7 @@ def wrap_data_parallel(model):
 
 
 def wrap_fsdp2(model):
-    for layer in model.model.backbone.layers:
+    for layer in model.model.layers:
         fully_shard(layer)
     return fully_shard(model)
 

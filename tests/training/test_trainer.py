@@ -101,7 +101,7 @@ def test_each_group_has_its_rate_at_every_step(tmp_path):
 def test_gradient_checkpointing_changes_nothing(use_reentrant, tmp_path, plain):
     settings = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}, "optim": "sgd"}
     checkpointed = run(tmp_path, learning_rate=0.5, query_lr=0.5, **settings)
-    assert all(layer.gradient_checkpointing for layer in checkpointed.model.model.backbone.layers)
+    assert all(layer.gradient_checkpointing for layer in checkpointed.model.model.layers)
     assert_close(weights(checkpointed), weights(plain), rtol=1e-4, atol=1e-6)  # fp32, other order of sums
 
 

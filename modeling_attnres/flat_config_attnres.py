@@ -1,0 +1,210 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What makes one flat config of a backbone's config and AttnRes' own fields.
+
+For every backbone a class is made that inherits from the AttnRes config and from the backbone's. Fields of AttnRes' own
+lie in a slot of the instance. Its `__dict__` holds the backbone's fields alone, as a plain config's does.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, LlamaConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+
+# Both are about the file and the model that it goes with, not about the backbone.
+_FIELDS_OF_THE_FILE = ("architectures", "auto_map")
+
+_made: list[type[PreTrainedConfig]] = []
+_listeners: list[Callable[[type[PreTrainedConfig]], None]] = []
+
+
+class OwnField:
+    """A field of AttnRes' own, kept where the backbone's view of the config does not see it."""
+
+    def __init__(self, name: str, default: Any = MISSING):
+        self.name, self.default = name, default
+
+    def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> Any:
+        value = self.default if config is None else config._own.get(self.name, self.default)
+        if value is MISSING:
+            raise AttributeError(f"'{owner.__name__}' has no attribute '{self.name}'")
+        return value
+
+    def __set__(self, config: PreTrainedConfig, value: Any):
+        config._own[self.name] = value
+
+    def __delete__(self, config: PreTrainedConfig):
+        if config._own.pop(self.name, MISSING) is MISSING:
+            raise AttributeError(f"'{type(config).__name__}' has no attribute '{self.name}'")
+
+
+def keep_own_fields_apart(cls: type[PreTrainedConfig]):
+    """Makes an [`OwnField`] of every field of an AttnRes config class that not every config has."""
+    common = {field.name for field in fields(PreTrainedConfig)}
+    defaults = {field.name: field.default for field in fields(cls) if field.name not in common}
+    for name, default in {**defaults, "architectures": None, "auto_map": MISSING}.items():
+        if not isinstance(inspect.getattr_static(cls, name, None), OwnField):
+            setattr(cls, name, OwnField(name, default))
+
+
+def on_config_class(callback: Callable[[type[PreTrainedConfig]], None]):
+    """Calls `callback` with every class that was or will be made: the auto classes look models up by them."""
+    _listeners.append(callback)
+    for made in _made:
+        callback(made)
+
+
+@functools.cache
+def config_class_for(cls: type[PreTrainedConfig], backbone_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The subclass of the AttnRes config class `cls` and of a backbone's config class.
+
+    Raises:
+        ValueError: if the latter describes no decoder, or has a field named like one of AttnRes' own.
+    """
+    known = {field.name for field in fields(backbone_class)} | {*backbone_class.attribute_map}
+    if "num_hidden_layers" not in known:
+        raise ValueError(
+            "`text_config` must describe a decoder and give its `num_hidden_layers`, got a "
+            f"'{backbone_class.model_type}' config (of a multimodal model, pass the text config alone)."
+        )
+    own = {name for name in dir(cls) if not name.startswith("_") and not hasattr(PreTrainedConfig, name)}
+    if taken := known & (own | {field.name for field in fields(cls)}) - {
+        field.name for field in fields(PreTrainedConfig)
+    }:
+        raise ValueError(
+            f"`text_config` must have no field named like one of AttnRes' own, got a '{backbone_class.model_type}' "
+            f"config with {sorted(taken)}."
+        )
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "attnres_config_class": cls,
+        "backbone_config_class": backbone_class,
+        # The library's plan hands one tensor from stage to stage, and depth attention needs every source.
+        "base_model_pp_plan": None,
+    }
+    made = type(cls)(cls.__name__, (cls, backbone_class), namespace)
+    # Of the fields that every config has, the backbone's defaults win over the general ones.
+    general = PreTrainedConfig.__dataclass_fields__
+    for name, field in backbone_class.__dataclass_fields__.items():
+        if made.__dataclass_fields__[name] is general.get(name):
+            made.__dataclass_fields__[name] = field
+    made = strict(made)
+    _made.append(made)
+    for callback in _listeners:
+        callback(made)
+    return made
+
+
+def blank_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """An instance of a made class without any field set."""
+    config = object.__new__(cls)
+    object.__setattr__(config, "_own", {})
+    object.__setattr__(config, "_valid_depth", None)
+    return config
+
+
+def backbone_of(text_config: Any, backbone_type: str | None, model_type: str | None) -> type[PreTrainedConfig]:
+    """The backbone's config class, as an AttnRes config's arguments name it.
+
+    Args:
+        text_config: a config, or its fields with their `model_type`.
+        backbone_type, model_type: of a flat config; a `model_type` that is not AttnRes' own is a plain config's.
+
+    Raises:
+        ValueError: if they name none.
+    """
+    if isinstance(text_config, dict):
+        if not text_config.get("model_type"):
+            raise ValueError(
+                "`text_config` given as a dict must name its backbone in `model_type` (for example 'llama'), got keys "
+                f"{sorted(text_config)}."
+            )
+        backbone_type = text_config["model_type"]
+    elif isinstance(text_config, PreTrainedConfig):
+        backbone_type = text_config.model_type
+    elif text_config is not None:
+        raise ValueError(f"`text_config` must be a config object or a dict, got {type(text_config).__name__}.")
+    elif backbone_type is None:
+        if model_type is None:
+            return LlamaConfig
+        backbone_type = model_type
+    if backbone_type == "attnres":
+        raise ValueError(
+            "`text_config` must describe the PreNorm backbone, got an AttnRes config; a flat one names it in "
+            "`backbone_type`."
+        )
+    if isinstance(text_config, PreTrainedConfig):
+        return type(text_config)
+    if backbone_type not in CONFIG_MAPPING:
+        raise ValueError(f"`backbone_type` must be a model type that Transformers knows, got {backbone_type!r}.")
+    return CONFIG_MAPPING[backbone_type]
+
+
+def backbone_fields(text_config: PreTrainedConfig | dict | None, given: dict[str, Any]) -> dict[str, Any]:
+    """All fields of a flat config: those of a nested `text_config`, with what is `given` beside it in their place."""
+    if text_config is None:
+        return dict(given)
+    if isinstance(text_config, dict):
+        nested = dict(text_config)
+    else:
+        nested = text_config.to_dict()
+        nested["attn_implementation"] = getattr(text_config, "_attn_implementation_internal", None)
+        nested["experts_implementation"] = getattr(text_config, "_experts_implementation_internal", None)
+    replaced = ["model_type", "transformers_version", *_FIELDS_OF_THE_FILE]
+    # Two ways of giving one thing: the library would take the nested one.
+    if given.get("num_labels") is not None:
+        replaced += ["id2label", "label2id", "num_labels"]
+    if given.get("torch_dtype") is not None:
+        replaced += ["dtype", "torch_dtype"]
+    nested = {name: value for name, value in nested.items() if name not in replaced}
+    return {**nested, **{name: value for name, value in given.items() if value is not None}}
+
+
+def public_names(fields: dict[str, Any], backbone_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """A config's fields with the models in `architectures` and `auto_map` under the names that a module has them by."""
+    suffix = made_suffix(backbone_class)
+    if isinstance(fields.get("architectures"), list):
+        fields["architectures"] = [name.removesuffix(suffix) for name in fields["architectures"]]
+    if isinstance(fields.get("auto_map"), dict):
+        fields["auto_map"] = {
+            auto: name.removesuffix(suffix) if isinstance(name, str) else name
+            for auto, name in fields["auto_map"].items()
+        }
+    return fields
+
+
+def made_suffix(backbone_class: type[PreTrainedConfig]) -> str:
+    """What the name of a model class that was made for a backbone has after the name of the class it was made of."""
+    return f"_{backbone_class.__name__.removesuffix('Config')}"
+
+
+__all__ = [
+    "OwnField",
+    "backbone_fields",
+    "backbone_of",
+    "blank_config",
+    "config_class_for",
+    "keep_own_fields_apart",
+    "made_suffix",
+    "on_config_class",
+    "public_names",
+]
