@@ -1,5 +1,6 @@
 """The commands and programs of docs/serving.md, run as they stand beside a model of that name, and what they print."""
 
+import itertools
 import json
 import os
 import re
@@ -50,7 +51,9 @@ def test_programs_print_what_is_shown(code, printed, folder):
 
 def test_a_server_answers_what_is_shown(folder):
     start, ask = (code for kind, code in BLOCKS if kind == "bash")
-    (answer,) = (code for (before, _), (kind, code) in zip(BLOCKS, BLOCKS[1:]) if (before, kind) == ("bash", "text"))
+    (answer,) = (
+        code for (before, _), (kind, code) in itertools.pairwise(BLOCKS) if (before, kind) == ("bash", "text")
+    )
     command = shlex.split(start.replace("\\\n", " "))
     assert command[0] == "python"
     with started([sys.executable, *command[1:]], folder, folder / "server.txt") as process:
