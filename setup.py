@@ -76,8 +76,5 @@ setup(
             "attnres-eval=modeling_attnres.eval.cli:main",
             "attnres-plan=modeling_attnres.parallel.cli:main",
         ],
-        # Read by versions of lm-eval that look for plugins; 0.4.13 does not.
-        "lm_eval.models": ["attnres=modeling_attnres.eval.lm:AttnResLM"],
-        "lm_eval.tasks": ["attnres=modeling_attnres.eval.tasks:TASKS_PATH"],
     },
 )

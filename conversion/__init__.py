@@ -14,9 +14,10 @@
 """Conversion of pretrained checkpoints into AttnRes checkpoints, and between conventions of AttnRes."""
 
 from .checkpoint import CheckpointError, ConversionError
-from .convert import ConversionReport, convert
+from .convert_checkpoint import convert
 from .dialects import DialectError
 from .parity import ParityError
+from .report import ConversionReport
 
 
 __all__ = ["CheckpointError", "ConversionError", "ConversionReport", "DialectError", "ParityError", "convert"]

@@ -31,7 +31,7 @@ import torch
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 
-# Names of the format -> dtypes. Packed sub-byte dtypes are left out: a quantised checkpoint is refused by its config.
+# Names of the format -> dtypes.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,6 +46,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Other dtypes of the format: numbers of fewer bits, which mean something with their scales only.
+QUANTISED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -214,6 +216,11 @@ def _header_entry(file: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{file}: tensor '{name}' must have dtype, shape and data_offsets, got {entry!r:.200}.")
+    if entry["dtype"] in QUANTISED_DTYPES:
+        raise CheckpointError(
+            f"{file}: quantised weights ('{name}' has dtype {entry['dtype']}) cannot be converted; save the model "
+            "dequantised first."
+        )
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(
             f"{file}: tensor '{name}' has dtype {entry['dtype']!r:.50}; known are {', '.join(DTYPES)}."
@@ -228,12 +235,16 @@ def _header_entry(file: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple
 
 def _read_pickled(file: Path) -> list[PickledTensor]:
     try:
-        state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        # The format before torch 1.6 is no zip archive and cannot be mapped: its files are read whole.
+        mmap = zipfile.is_zipfile(file)
+        state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: a pickled checkpoint that `torch.load(weights_only=True)` does not load is refused, because "
-            f"unpickling it could run code. Save it as safetensors first. ({_first_line(error)})"
+            f"unpickling it could run code. Save it as safetensors first. ({first_line(error)})"
         ) from None
+    except (RuntimeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{file}: damaged, or not a file of `torch.save` ({first_line(error)}).") from None
     if not isinstance(state_dict, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
     ):
@@ -256,7 +267,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: holds {SAFETENSORS} and {SAFETENSORS_INDEX}; remove the one that is stale.")
     weights = present[0]
     read = read_header if weights in (SAFETENSORS, SAFETENSORS_INDEX) else _read_pickled
-    index = _read_index(folder / weights) if weights.endswith(".json") else None
+    index = read_index(folder / weights) if weights.endswith(".json") else None
     files = sorted(set(index.values())) if index is not None else [weights]
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
@@ -266,7 +277,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, shards)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """The `weight_map` of an index: tensor name -> name of a shard beside it."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no `weight_map`.")
@@ -303,5 +315,6 @@ def shorten(names: Iterator[str] | list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    """An error of another library for use inside a message: its first line that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -19,8 +19,9 @@ import sys
 from modeling_attnres import UnsupportedBackboneError
 
 from .checkpoint import ConversionError
-from .convert import DTYPES, ConversionReport, convert
+from .convert_checkpoint import DTYPES, convert
 from .dialects import DIALECT_NAMES, DIALECTS
+from .report import ConversionReport
 from .targets import ATTNRES, PRENORM
 
 
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="REGEX",
         help="leave out source tensors of these names (repeatable); any other unknown tensor is an error",
     )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a SOURCE on the Hub")
     parser.set_defaults(to=ATTNRES)
     return parser
 
@@ -72,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         report = convert(arguments.pop("source"), arguments.pop("out"), **arguments)
     except (ConversionError, UnsupportedBackboneError) as error:
         print(f"attnres-convert: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # the file system's: a full disk, a file that may not be read
+        print(f"attnres-convert: error: {error}; nothing was written.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("attnres-convert: interrupted; nothing was written.", file=sys.stderr)
@@ -91,7 +96,7 @@ def describe(report: ConversionReport) -> str:
     ]
     if report.dropped_keys:
         lines.append(f"left out    {', '.join(report.dropped_keys)}")
-    lines.append(f"check       {report.check}")
+    lines += [f"tokenizer   {report.tokenizer}", f"check       {report.check}"]
     lines += [
         f"            {name}: max logit difference {row['max_logit_difference']}, KL {row['kl_divergence']:.3g}, "
         f"top-1 agreement {row['top1_agreement']:.1%} ({row['tokens']} tokens)"

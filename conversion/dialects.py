@@ -33,7 +33,7 @@ from modeling_attnres import AttnResConfig
 
 from .backbone_configs import fla_to_library, kimi_k3_to_library, library_to_fla, library_to_kimi_k3
 from .checkpoint import Checkpoint, CheckpointError, ConversionError, shorten
-from .source import Source, build_config, check_not_quantised, without_dropped
+from .source import DEPTH_KEY_NORM, DEPTH_QUERY, Source, build_config, without_dropped
 
 
 class DialectError(ConversionError):
@@ -246,11 +246,9 @@ def read_dialect(checkpoint: Checkpoint, dialect: Dialect, drop_keys: tuple[str,
         raise DialectError(f"{where}: dialect '{dialect.name}' needs `{dialect.block_field}` >= 1, got {units!r}.")
     library_fields = dialect.read_config(fields, _shapes(checkpoint))
     library_fields.pop(dialect.block_field, None)
-    check_not_quantised(checkpoint)
+    shards, dropped = without_dropped(checkpoint, drop_keys)
     text_config = build_config(library_fields, where)
     num_layers = text_config.num_hidden_layers
-
-    shards, dropped = without_dropped(checkpoint, drop_keys)
     prefix = "language_model." if nested else ""
     stored = {name.removeprefix(prefix): tensor for shard in shards for name, tensor in shard}
     if len(stored) < sum(map(len, shards)):
@@ -275,8 +273,7 @@ def read_dialect(checkpoint: Checkpoint, dialect: Dialect, drop_keys: tuple[str,
             sublayers_per_block=min(units * dialect.sublayers_per_unit, 2 * num_layers),
             depth_weights="mean",
         ),
-        query=query,
-        key_norm=key_norm,
+        depth={DEPTH_QUERY: query, DEPTH_KEY_NORM: key_norm},
         dropped=tuple(sorted([*dropped, *unread])),
     )
 
@@ -329,6 +326,11 @@ def dialect_config(source: Source, dialect: Dialect) -> dict[str, Any]:
         DialectError: if the dialect has no words for the model's conventions or backbone.
     """
     config = source.attnres
+    if source.is_variant:
+        raise DialectError(
+            f"'{dialect.name}' has softmax mixes; this model's `depth_attention_type` is "
+            f"{config.depth_attention_type!r}, which it cannot express."
+        )
     if config.depth_weights != "mean":
         raise DialectError(
             f"'{dialect.name}' has weights that sum to 1 (\"mean\"); this model's `depth_weights` is "
@@ -353,11 +355,12 @@ def dialect_config(source: Source, dialect: Dialect) -> dict[str, Any]:
 
 def dialect_depth_tensors(source: Source, dialect: Dialect) -> list[tuple[str, torch.Tensor]]:
     """The two matrices as the dialect's tensors; the pair that nothing reads is written as at initialisation."""
+    queries, key_norms = source.depth[DEPTH_QUERY], source.depth[DEPTH_KEY_NORM]
     tensors = []
     for query_name, norm_name, row in depth_names(dialect, source.text_config.num_hidden_layers):
         if row is None:
-            query, norm = torch.zeros_like(source.query[0]), torch.ones_like(source.key_norm[0])
+            query, norm = torch.zeros_like(queries[0]), torch.ones_like(key_norms[0])
         else:
-            query, norm = source.query[row], source.key_norm[row]
+            query, norm = queries[row], key_norms[row]
         tensors += [(query_name, query.unsqueeze(0)), (norm_name, norm)]
     return tensors

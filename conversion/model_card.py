@@ -13,28 +13,26 @@
 # limitations under the License.
 """The model card of a converted checkpoint: Hugging Face front matter, how to load, and the proof."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-
-if TYPE_CHECKING:
-    from .convert import ConversionReport
+from .report import ConversionReport
 
 
 _LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({folder}, trust_remote_code=True)
 ```
 
 With the package `modeling-attnres` installed and imported, `trust_remote_code` is not needed."""
 
 
-def write_model_card(folder: Path, report: "ConversionReport", source_card: Path):
+def write_model_card(folder: Path, report: ConversionReport, source_card: Path):
     """Writes `README.md`.
 
     Args:
@@ -49,7 +47,9 @@ def write_model_card(folder: Path, report: "ConversionReport", source_card: Path
         **({"base_model": report.base_model} if report.base_model else {}),
         **kept,
     )
-    body = "\n\n".join([_title(report), _LOAD.format(folder=report.out_name), _settings(report), _proof(report)])
+    body = "\n\n".join(
+        [_title(report), _LOAD.format(folder=json.dumps(report.out_name)), _settings(report), _proof(report)]
+    )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
 
 
@@ -62,7 +62,7 @@ def _front_matter(card: Path) -> dict:
         return {}  # a card without readable front matter has no license to carry over
 
 
-def _title(report: "ConversionReport") -> str:
+def _title(report: ConversionReport) -> str:
     return (
         f"# {report.out_name}\n\n`{report.source_name}` ({report.model_type}) with Attention Residuals "
         "([arXiv 2603.15031](https://arxiv.org/abs/2603.15031)): every sublayer reads a learned softmax mix over the "
@@ -71,18 +71,19 @@ def _title(report: "ConversionReport") -> str:
     )
 
 
-def _settings(report: "ConversionReport") -> str:
+def _settings(report: ConversionReport) -> str:
     rows = [
         ("blocks", f"{report.num_blocks} of {report.sublayers_per_block} sublayers ({report.num_sublayers} in all)"),
         ("depth weights", f"`{report.depth_weights}`"),
         ("queries", "zero" if report.queries_are_zero else "trained"),
         ("parameters", f"{report.num_parameters:,}, of which {report.parameters_added:,} are depth attention"),
         ("dtype", report.dtype),
+        ("tokenizer", report.tokenizer.replace("|", "\\|")),
     ]
     return "## Settings\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def _proof(report: "ConversionReport") -> str:
+def _proof(report: ConversionReport) -> str:
     if not report.parity:
         return f"## Check\n\n{report.check}"
     header = "| input | tokens | max logit difference | largest logit | KL (nats) | top-1 agreement |\n|---|---|---|---|---|---|"

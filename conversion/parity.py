@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Proof of a conversion: logits of source and result on the same tokens.
+"""Proof of a conversion: every tensor of the result against the source's files, and logits on the same tokens.
 
 Letters: B batch, T tokens, V vocabulary.
 """
@@ -19,18 +19,19 @@ Letters: B batch, T tokens, V vocabulary.
 import gc
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_attnres import AttnResConfig
 
-from .checkpoint import ConversionError, shorten
+from .checkpoint import ConversionError, first_line, shorten
 from .source import Source
 
 
@@ -71,12 +72,14 @@ def fixed_tokens(vocab_size: int) -> torch.Tensor:
     return (torch.arange(NUM_FIXED_TOKENS) * 7919 + 13).remainder(vocab_size).unsqueeze(0)
 
 
-def tokenize(folder: Path, text: str) -> torch.Tensor:
-    """`[1, T]` token ids of `text` by the tokenizer in `folder`."""
+def tokenize(load_tokenizer: Callable[[], PreTrainedTokenizerBase], text: str) -> torch.Tensor:
+    """`[1, T]` token ids of `text` by the source's tokenizer."""
     try:
-        tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"`check_text` needs the source's tokenizer, which does not load: {error}") from error
+        tokens = load_tokenizer()(text, return_tensors="pt").input_ids
+    except Exception as error:  # files of all kinds are parsed by libraries that raise whatever they meet
+        raise ConversionError(
+            f"`check_text` needs the source's tokenizer, which does not load: {first_line(error)}"
+        ) from error
     if tokens.numel() == 0:
         raise ConversionError(f"`check_text` has no tokens, got {text!r}.")
     return tokens
@@ -131,9 +134,9 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
 
 
-def load_whole(folder: Path, dtype: torch.dtype, model_class: type) -> PreTrainedModel:
+def load_whole(folder: Path, dtype: torch.dtype, model_class: type, **keywords) -> PreTrainedModel:
     """A model in memory, ready to be compared bit by bit."""
-    model = model_class.from_pretrained(folder, dtype=dtype).eval()
+    model = model_class.from_pretrained(folder, dtype=dtype, **keywords).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = _aligned(tensor.data)
     return model
@@ -162,22 +165,29 @@ def load_offloaded(
 
 @torch.no_grad()
 def logits_of(
-    folder: Path, dtype: torch.dtype, model_class: type, inputs: dict[str, torch.Tensor], scratch: Path
+    folder: Path,
+    dtype: torch.dtype,
+    model_class: type,
+    inputs: dict[str, torch.Tensor],
+    scratch: Path,
+    gguf_file: str | None = None,
 ) -> tuple[dict[str, torch.Tensor], str]:
     """Logits `[1, T, V]` of the model in `folder` for each of `inputs` `[1, T]`, and how it was loaded, in words.
 
     Args:
         scratch: an existing folder for temporary files.
+        gguf_file: the file in `folder` that the model is in, if it is a GGUF file.
     """
     size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
-    whole = size <= WHOLE_MODEL_BYTES
+    keywords = {} if gguf_file is None else {"gguf_file": gguf_file}
+    whole = size <= WHOLE_MODEL_BYTES or gguf_file is not None
     with (
         tempfile.TemporaryDirectory(dir=scratch) as offload_folder,
         tqdm(desc=f"Running {folder.name}", unit=" tensors", disable=whole) as progress,
     ):
         try:
             if whole:
-                model = load_whole(folder, dtype, model_class)
+                model = load_whole(folder, dtype, model_class, **keywords)
             else:
                 model = load_offloaded(folder, dtype, model_class, Path(offload_folder), progress)
                 progress.total *= len(inputs)
@@ -185,7 +195,9 @@ def logits_of(
         except OSError:
             raise  # the disk's, not the model's
         except Exception as error:  # a config may build a model that its own code cannot run
-            raise ParityError(f"{folder}: the model does not run ({type(error).__name__}: {error}).") from error
+            raise ParityError(
+                f"{folder}: the model does not run ({type(error).__name__}: {first_line(error)})."
+            ) from error
         del model
         gc.collect()  # modules hold reference cycles, and the next model may be as large
     how = "whole" if whole else f"one submodule at a time from disk ({size / 1e9:.1f} GB are too much to load)"
@@ -196,25 +208,42 @@ def compare_sources(source: Source, result: Source, config: AttnResConfig, cast_
     """Compares two checkpoints in whatever dialects, tensor by tensor and with their conventions.
 
     Args:
+        source: whose tensors must be in the result, whole and nothing else; read from its files again.
+        result: read from what was written.
         config: the conventions that the result must have.
         cast_to: dtype that the result's tensors may have been cast to.
 
     Raises:
         ParityError: naming the first difference.
     """
-    for name in ("sublayers_per_block", "depth_weights", "depth_norm_eps"):
-        due, found = getattr(config, name), getattr(result.attnres, name)
-        if due != found:
-            raise ParityError(f"The result reads back with {name}={found!r} where {due!r} is due.")
+    if result.attnres is not None:
+        for name in conventions(config):
+            due, found = getattr(config, name), getattr(result.attnres, name)
+            if due != found:
+                raise ParityError(f"The result reads back with {name}={found!r} where {due!r} is due.")
     due, found = source.tensors, result.tensors
     if due.keys() != found.keys():
         raise ParityError(f"The result's tensors are not the source's: {shorten(sorted(due.keys() ^ found.keys()))}.")
     pairs = [(name, tensor.read, found[name].read) for name, tensor in due.items()]
-    pairs += [("queries", lambda: source.query, lambda: result.query)]
-    pairs += [("key norms", lambda: source.key_norm, lambda: result.key_norm)]
+    if source.attnres is not None and result.attnres is not None:
+        if source.depth.keys() != result.depth.keys():
+            raise ParityError(
+                f"The result's depth attention has {', '.join(result.depth)}, not {', '.join(source.depth)}."
+            )
+        pairs += [(name, partial(source.depth.get, name), partial(result.depth.get, name)) for name in source.depth]
     for name, read_due, read_found in tqdm(pairs, desc="Comparing tensors"):
         tensor, other = read_due(), read_found()
         if other.dtype != tensor.dtype and other.dtype == cast_to:
             tensor = tensor.to(cast_to)
-        if tensor.dtype != other.dtype or not torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)):
+        if tensor.dtype != other.dtype or not _same_bits(tensor, other):
             raise ParityError(f"'{name}' of the result is not the source's.")
+
+
+def conventions(config: AttnResConfig) -> list[str]:
+    """Names of the fields that say how an AttnRes model mixes its sources."""
+    return [name for name in type(config).__annotations__ if name != "text_config"]
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = a.contiguous(), b.contiguous()
+    return a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))

@@ -11,29 +11,31 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a checkpoint folder holds, in one form whatever it came as: backbone tensors under the library's names, depth
-queries and key norms as two matrices, and the conventions they were trained with.
+"""What a checkpoint folder holds, in one form whatever it came as: backbone tensors under the library's names, the
+depth attention's as matrices, and the conventions they were trained with.
 
 Letters: L sublayers (two per decoder layer), D hidden size, S sublayers per block.
 """
 
+import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.utils import logging
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, UnsupportedBackboneError
 
-from .checkpoint import Checkpoint, CheckpointError, ConversionError, PickledTensor, StoredTensor, shorten
+from .checkpoint import Checkpoint, CheckpointError, ConversionError, PickledTensor, StoredTensor, first_line, shorten
+from .library import quiet_library
+from .refusals import check_droppable, check_not_quantised, refuse_adapter_tensors, refuse_scales
 
 
-DEPTH_QUERY, DEPTH_KEY_NORM = "model.depth_attention.query", "model.depth_attention.key_norm"
+DEPTH_PREFIX = "model.depth_attention."
+DEPTH_QUERY, DEPTH_KEY_NORM = f"{DEPTH_PREFIX}query", f"{DEPTH_PREFIX}key_norm"
+SOFTMAX = "softmax"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Source:
         text_config: config of the backbone.
         shards: per weight file, the backbone's tensors as `(name in the library's layout, stored tensor)`.
         attnres: the conventions of the depth attention, or `None` for a PreNorm model.
-        query, key_norm: `[L, D]` (see [`modeling_attnres.AttnResConfig`] for the rows), or `None`.
+        depth: the depth attention's tensors by name; for the method `query` and `key_norm`, both `[L, D]`.
         dropped: names of stored tensors that the result leaves out, on request or because nothing ever reads them.
     """
 
@@ -54,8 +56,7 @@ class Source:
     text_config: PreTrainedConfig
     shards: list[list[tuple[str, StoredTensor | PickledTensor]]]
     attnres: AttnResConfig | None = None
-    query: torch.Tensor | None = None
-    key_norm: torch.Tensor | None = None
+    depth: dict[str, torch.Tensor] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
 
     @property
@@ -63,8 +64,14 @@ class Source:
         return {name: tensor for shard in self.shards for name, tensor in shard}
 
     @property
+    def is_variant(self) -> bool:
+        """Whether its mixes are one of the ablation forms, not the method's softmax."""
+        return self.attnres is not None and self.attnres.depth_attention_type != SOFTMAX
+
+    @property
     def queries_are_zero(self) -> bool:
-        return self.query is None or not self.query.any()
+        """Whether every mix is the plain mean or sum of its sources."""
+        return not self.is_variant and (not self.depth or not self.depth[DEPTH_QUERY].any())
 
 
 def build_config(config: dict[str, Any], where: str) -> PreTrainedConfig:
@@ -95,58 +102,51 @@ def read_prenorm(checkpoint: Checkpoint, drop_keys: tuple[str, ...] = ()) -> Sou
     Args:
         drop_keys: regular expressions of tensor names to leave out.
     """
-    config = build_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    check_not_quantised(checkpoint)
     shards, dropped = without_dropped(checkpoint, drop_keys)
+    config = build_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     return Source("prenorm", checkpoint, config.get_text_config(), shards, dropped=dropped)
 
 
 def read_attnres(checkpoint: Checkpoint, drop_keys: tuple[str, ...] = ()) -> Source:
     """A checkpoint of this package."""
-    check_not_quantised(checkpoint)
-    config = build_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     shards, dropped = without_dropped(checkpoint, drop_keys)
-    stored = checkpoint.tensors
-    missing = [name for name in (DEPTH_QUERY, DEPTH_KEY_NORM) if name not in stored]
-    if missing:
+    where = str(checkpoint.folder / "config.json")
+    config = build_config(checkpoint.config, where)
+    stored, due = checkpoint.tensors, depth_shapes(config, where)
+    if missing := [name for name in due if name not in stored]:
         raise CheckpointError(f"{checkpoint.folder}: an AttnRes checkpoint without {', '.join(missing)}.")
-    due = (config.num_sublayers, config.text_config.hidden_size)
-    for name in (DEPTH_QUERY, DEPTH_KEY_NORM):
-        if stored[name].shape != due:
+    for name, shape in due.items():
+        if stored[name].shape != shape:
             raise CheckpointError(
-                f"{checkpoint.folder}: '{name}' must be {list(due)} by the config, got {list(stored[name].shape)}."
+                f"{checkpoint.folder}: '{name}' must be {list(shape)} by the config, got {list(stored[name].shape)}."
             )
-    query, key_norm = stored[DEPTH_QUERY].read(), stored[DEPTH_KEY_NORM].read()
-    shards = [[item for item in shard if item[0] not in (DEPTH_QUERY, DEPTH_KEY_NORM)] for shard in shards]
-    return Source("attnres", checkpoint, config.text_config, shards, config, query, key_norm, dropped)
+    depth = {name: stored[name].read() for name in due}
+    shards = [[item for item in shard if item[0] not in due] for shard in shards]
+    return Source("attnres", checkpoint, config.text_config, shards, config, depth, dropped)
+
+
+def depth_shapes(config: AttnResConfig, where: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the depth attention's parameters; the ablation forms have others than the method."""
+    model = build_on_meta(config, where)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith(DEPTH_PREFIX)}
 
 
 def without_dropped(checkpoint: Checkpoint, drop_keys: tuple[str, ...]):
+    """The shards without the tensors that are to be left out, and the names of these.
+
+    Raises:
+        ConversionError: if what stays is quantised, or means something else without what is left out.
+    """
     patterns = [re.compile(pattern) for pattern in drop_keys]
     dropped = [name for name in checkpoint.tensors if any(pattern.search(name) for pattern in patterns)]
+    refuse_adapter_tensors(checkpoint)
+    check_not_quantised(checkpoint, [name for name in checkpoint.tensors if name not in set(dropped)])
+    check_droppable(checkpoint, dropped)
     shards = [
         [(tensor.name, tensor) for tensor in tensors if tensor.name not in set(dropped)]
         for tensors in checkpoint.shards.values()
     ]
     return shards, tuple(sorted(dropped))
-
-
-def check_not_quantised(checkpoint: Checkpoint):
-    """Raises `ConversionError` unless all weights are plain floating-point numbers."""
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is None:
-        quantization = (checkpoint.config.get("text_config") or {}).get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ConversionError(
-            f"{checkpoint.folder}: quantised weights ({method}) cannot be converted; save the model dequantised first."
-        )
-    odd = [tensor.name for tensor in checkpoint.tensors.values() if not tensor.dtype.is_floating_point]
-    if odd:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {len(odd)} tensors are not floating point: {shorten(odd)} "
-            f"('{odd[0]}' is {checkpoint.tensors[odd[0]].dtype})."
-        )
 
 
 def build_attnres_config(
@@ -157,19 +157,26 @@ def build_attnres_config(
     Raises:
         ConversionError: if an argument is out of range, or a trained source would change its meaning.
     """
-    fields: dict[str, Any] = {"text_config": source.text_config, "depth_weights": depth_weights or "sum"}
-    if source.attnres is not None:
-        fields.update(
-            depth_weights=depth_weights or source.attnres.depth_weights,
-            depth_norm_eps=source.attnres.depth_norm_eps,
-            depth_query_init_std=source.attnres.depth_query_init_std,
-        )
-        if num_blocks is None and sublayers_per_block is None:
-            sublayers_per_block = source.attnres.sublayers_per_block
     try:
-        return AttnResConfig(num_blocks=num_blocks, sublayers_per_block=sublayers_per_block, **fields)
+        if source.attnres is None:
+            return AttnResConfig(
+                text_config=source.text_config,
+                num_blocks=num_blocks,
+                sublayers_per_block=sublayers_per_block,
+                depth_weights=depth_weights or "sum",
+            )
+        # All conventions of the source are the result's, also those that have no option here.
+        config = copy.deepcopy(source.attnres)
+        if num_blocks is not None:
+            config.num_blocks = num_blocks
+        if sublayers_per_block is not None:
+            config.sublayers_per_block = sublayers_per_block
+        if depth_weights is not None:
+            config.depth_weights = depth_weights
+        config.validate()
     except (ValueError, StrictDataclassError) as error:
         raise ConversionError(str(error)) from error
+    return config
 
 
 def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForCausalLM:
@@ -182,14 +189,14 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
         UnsupportedBackboneError: if the backbone is not a PreNorm decoder of the supported form.
         CheckpointError: if a tensor is missing, unknown or of another shape than the config says.
     """
-    _check_builds(source, config)  # a backbone that is refused is refused before its tensors are
+    # A backbone that is refused is refused before its tensors are.
+    due = depth_shapes(config, str(source.checkpoint.folder / "config.json"))
     stand_ins = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in source.tensors.items()
     }
-    depth_shape = (config.num_sublayers, config.text_config.hidden_size)
-    stand_ins.update((name, torch.empty(depth_shape, device="meta")) for name in (DEPTH_QUERY, DEPTH_KEY_NORM))
+    stand_ins.update((name, torch.empty(shape, device="meta")) for name, shape in due.items())
     try:
-        with _quiet_library():
+        with quiet_library():
             model, info = AttnResForCausalLM.from_pretrained(
                 None,
                 config=config,
@@ -204,11 +211,12 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
         ) from error
     missing = sorted(_plain(name) for name in info["missing_keys"])
     unknown = sorted(_plain(name) for name in info["unexpected_keys"])
+    refuse_scales(source.checkpoint.folder, unknown, [name for name in source.tensors if name not in unknown])
     problems = []
     if missing:
         problems.append(f"missing: {shorten(missing)}")
     if unknown:
-        problems.append(f"unknown: {shorten(unknown)} (--drop-keys leaves named ones out)")
+        problems.append(f"unknown: {shorten(unknown)} (--drop-keys leaves out whole modules by name)")
     for name, found, due in sorted(info["mismatched_keys"])[:4]:
         problems.append(f"shape of {_plain(name)}: {list(found)}, the config says {list(due)}")
     problems += list(info["error_msgs"])
@@ -217,31 +225,23 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
     return model
 
 
-def _check_builds(source: Source, config: AttnResConfig):
+def build_on_meta(config: AttnResConfig, where: str) -> AttnResForCausalLM:
+    """The model that a config describes, without memory for its weights.
+
+    Raises:
+        UnsupportedBackboneError: if the backbone is not a PreNorm decoder of the supported form.
+        CheckpointError: if no model can be built from the config.
+    """
     try:
         with torch.device("meta"):
-            AttnResForCausalLM(config)
+            return AttnResForCausalLM(config)
     except UnsupportedBackboneError:
         raise
     except Exception as error:  # on values that make no sense the library's constructors raise whatever they meet
         raise CheckpointError(
-            f"{source.checkpoint.folder / 'config.json'}: not a valid '{source.text_config.model_type}' config, no model "
-            f"can be built from it ({type(error).__name__}: {error})."
+            f"{where}: not a valid '{config.text_config.model_type}' config, no model can be built from it "
+            f"({type(error).__name__}: {first_line(error)})."
         ) from error
-
-
-@contextmanager
-def _quiet_library() -> Iterator[None]:
-    """No load report, whose findings become the error, and no progress bar of loading nothing."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _plain(name: str) -> str:

@@ -14,13 +14,11 @@
 """What a conversion writes: the weight files, config and code of its target."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
@@ -34,23 +32,6 @@ from .writer import OutputShard, OutputTensor
 ATTNRES, PRENORM = "attnres", "prenorm"
 TARGETS = (ATTNRES, PRENORM, *DIALECTS)
 
-# Files that come along: tokenizer, chat template, generation defaults, licence texts.
-COMPANIONS = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "*.model",
-    "*.tiktoken",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-_TOKENIZER_SAMPLE = "Attention over depth: 3 blocks,\n\tdeux requêtes; 深い残差 <|x|>"
-
 
 def check_target(source: Source, to: str, config: AttnResConfig):
     """Checks that the source can become `to` without losing anything.
@@ -61,11 +42,17 @@ def check_target(source: Source, to: str, config: AttnResConfig):
     if to == PRENORM:
         if source.attnres is None:
             raise ConversionError("`to='prenorm'` takes an AttnRes checkpoint, the source is a PreNorm model already.")
-        if not source.queries_are_zero:
-            trained = int(source.query.any(dim=-1).sum())
+        if source.is_variant:
             raise ConversionError(
-                f"A PreNorm model has no place for trained queries: {trained} of {len(source.query)} are not zero (the "
-                f"largest entry is {source.query.abs().max():.3g}), and what they learned would be lost."
+                "Only a model with softmax mixes has a PreNorm model that computes the same; this one's "
+                f"`depth_attention_type` is {source.attnres.depth_attention_type!r}."
+            )
+        if not source.queries_are_zero:
+            query = source.depth[DEPTH_QUERY]
+            trained = int(query.any(dim=-1).sum())
+            raise ConversionError(
+                f"A PreNorm model has no place for trained queries: {trained} of {len(query)} are not zero (the "
+                f"largest entry is {query.abs().max():.3g}), and what they learned would be lost."
             )
         if source.attnres.depth_weights != "sum":
             raise ConversionError(
@@ -79,6 +66,11 @@ def check_target(source: Source, to: str, config: AttnResConfig):
     elif source.attnres is not None and not source.queries_are_zero:
         for name in ("sublayers_per_block", "depth_weights"):
             before, after = getattr(source.attnres, name), getattr(config, name)
+            if before != after and source.is_variant:
+                raise ConversionError(
+                    f"`{name}` cannot change from {before!r} to {after!r} in a model whose `depth_attention_type` is "
+                    f"{config.depth_attention_type!r}: its mixes were trained for these sources."
+                )
             if before != after:
                 raise ConversionError(
                     f"`{name}` cannot change from {before!r} to {after!r}: the queries are trained, and they were "
@@ -132,7 +124,7 @@ def _depth_tensors(source: Source, to: str, config: AttnResConfig, dtype: torch.
     if to in DIALECTS:
         return dialect_depth_tensors(source, DIALECTS[to])
     if source.attnres is not None:
-        return [(DEPTH_QUERY, source.query), (DEPTH_KEY_NORM, source.key_norm)]
+        return list(source.depth.items())
     shape = (config.num_sublayers, config.text_config.hidden_size)
     return [(DEPTH_QUERY, torch.zeros(shape, dtype=dtype)), (DEPTH_KEY_NORM, torch.ones(shape, dtype=dtype))]
 
@@ -180,36 +172,3 @@ def write_config(
         base_model = type(model.model)
         config.auto_map["AutoModel"] = f"{base_model.__module__.rsplit('.', 1)[-1]}.{base_model.__name__}"
         config.save_pretrained(result)
-
-
-def write_companions(folder: Path, result: Path, config: PreTrainedConfig):
-    """Copies tokenizer, generation defaults and licence texts.
-
-    Raises:
-        ConversionError: if the tokenizer that works in the source does not work the same in the result.
-    """
-    for pattern in COMPANIONS:
-        for file in folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, result / file.name)
-    if not (result / "generation_config.json").exists():
-        GenerationConfig.from_model_config(config).save_pretrained(result)
-    if not any(result.glob("tokenizer*")):
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        expected = tokenizer(_TOKENIZER_SAMPLE).input_ids
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
-        return  # the source's files do not load here (custom code, a missing dependency): they come along as they are
-    # Without `tokenizer_class` in its config, the class of a tokenizer follows from the model type, which changes.
-    if _encode(result) != expected:
-        tokenizer.save_pretrained(result)
-        if _encode(result) != expected:
-            raise ConversionError("The source's tokenizer works otherwise beside the result's config; report this.")
-
-
-def _encode(folder: Path) -> list[int] | None:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(_TOKENIZER_SAMPLE).input_ids
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
-        return None

@@ -135,19 +135,37 @@ def check_output(out: Path, source: Path | None, overwrite: bool):
     Raises:
         ConversionError: if it exists and may not be replaced, or lies inside the source.
     """
+    if out.is_symlink():
+        raise ConversionError(f"`out` must not be a link, got {out} (to {os.readlink(out)}).")
     resolved = out.resolve()
+    longest = _longest_name(resolved.parent)
+    if len(os.fsencode(out.name)) > longest:
+        raise ConversionError(
+            f"`out` must have a name of at most {longest} bytes, got {len(os.fsencode(out.name))}: {out.name[:40]}..."
+        )
     if source is not None and (resolved == source.resolve() or source.resolve() in resolved.parents):
         raise ConversionError(f"`out` must not be the source or lie inside it, got {out} for the source {source}.")
     if source is not None and resolved in source.resolve().parents:
         raise ConversionError(f"`out` must not contain the source, got {out} for the source {source}.")
     if not resolved.parent.is_dir():
         raise ConversionError(f"`out` must lie in a folder that exists, got {out}.")
-    if not out.exists() and not out.is_symlink():
+    if not out.exists():
         return
     if not overwrite:
         raise ConversionError(f"`out` exists: {out}. Choose another folder, or replace it with --overwrite.")
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+    if resolved == Path.cwd() or resolved in Path.cwd().parents:
+        raise ConversionError(f"`out` must not be or contain the working folder, which would be replaced: {resolved}.")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
         raise ConversionError(f"`out` exists and is not a model folder, so --overwrite does not replace it: {out}.")
+
+
+def _longest_name(folder: Path) -> int:
+    """Bytes that a name in `folder` can have so that those of the folders beside it fit too."""
+    try:
+        allowed = os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):
+        allowed = 255  # the limit of every file system in common use; the folder itself is checked elsewhere
+    return allowed - len(_replaced(Path("x")).name) + 1
 
 
 @contextmanager
@@ -159,9 +177,13 @@ def workspace(out: Path) -> Iterator[Path]:
     folder = out.parent / f".{out.name}.partial"
     lock = filelock.FileLock(out.parent / f".{out.name}.lock")
     try:
+        # Here, because a lock that cannot be made looks like one that is held.
+        Path(lock.lock_file).touch()
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise ConversionError(f"`out` is being written by another conversion: {out}.") from None
+    except OSError as error:
+        raise ConversionError(f"`out` must lie in a folder that takes files, got {out} ({error.strerror}).") from error
     try:
         _finish_replacement(out)
         shutil.rmtree(folder, ignore_errors=True)
@@ -179,9 +201,10 @@ def workspace(out: Path) -> Iterator[Path]:
 
 def put_in_place(complete: Path, out: Path):
     """Moves a complete folder to `out`, which it replaces if it exists."""
-    for file in complete.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())  # a rename must not outlive the data after a power cut
+    for file in complete.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())  # a rename must not outlive the data after a power cut
     replaced = _replaced(out)
     if out.exists():
         out.rename(replaced)

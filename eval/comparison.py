@@ -20,21 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from . import paired
+from .alike import check_alike
 from .benchmarks import REPORT
 from .records import BITS, Items, Run, RunError
-
-
-# Settings of lm-eval that decide what a model is asked; runs that differ in one cannot be compared.
-SETTINGS = (
-    ("lm-eval version", ("lm_eval_version",)),
-    ("limit", ("config", "limit")),
-    ("generation arguments", ("config", "gen_kwargs")),
-    ("few-shot seed", ("config", "fewshot_seed")),
-    ("chat template (hash)", ("chat_template_sha",)),
-    ("system instruction (hash)", ("system_instruction_sha",)),
-    ("few-shot as chat turns", ("fewshot_as_multiturn",)),
-)
-TASK_SETTINGS = (("version", "versions"), ("shots", "n-shot"), ("hash of items", "task_hashes"))
 
 
 @dataclass
@@ -141,32 +129,6 @@ def select_tasks(runs: Sequence[Run], names: Sequence[str] | None) -> list[str]:
         if missing := [name for name in names if not run.leaves(name)]:
             raise RunError(f"{run.folder} has no task or group {', '.join(missing)}; it has {', '.join(run.tasks)}")
     return list(dict.fromkeys(leaf for name in names for leaf in first.leaves(name)))
-
-
-def check_equal_settings(runs: Sequence[Run], tasks: Sequence[str]):
-    """
-    Raises:
-        RunError: naming every setting in which a run differs from the first.
-    """
-
-    def setting(run: Run, path: tuple[str, ...]):
-        value = run.results
-        for name in path:
-            value = value.get(name) if isinstance(value, dict) else None
-        return value or None  # lm-eval writes no arguments as {} or as null
-
-    first, differences = runs[0], []
-    for run in runs[1:]:
-        paths = list(SETTINGS)
-        for task in tasks:
-            paths += [(f"{title} of {task}", (section, task)) for title, section in TASK_SETTINGS]
-            paths.append((f"generation arguments of {task}", ("configs", task, "generation_kwargs")))
-        for title, path in paths:
-            ours, theirs = setting(first, path), setting(run, path)
-            if ours != theirs:
-                differences.append(f"{title}: {first.folder} has {ours}, {run.folder} has {theirs}")
-    if differences:
-        raise RunError("the runs were not made alike:\n  " + "\n  ".join(differences))
 
 
 def row_keys(run: Run, tasks: Sequence[str], all_metrics: bool) -> list[RowKey]:
@@ -304,7 +266,7 @@ def compare_models(
         raise RunError(f"models need distinct names, got {', '.join(model.name for model in models)}; use --names")
     runs = [run for model in models for run in model.runs]
     selected = select_tasks(runs, tasks)
-    check_equal_settings(runs, selected)
+    check_alike(runs, selected)
     baseline, *variants = models
     keys = row_keys(runs[0], selected, all_metrics)
     rows = {}

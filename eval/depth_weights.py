@@ -54,15 +54,14 @@ def save_depth_heatmap(matrices: dict[str, torch.Tensor], path: Path) -> list[Pa
     Returns:
         The files written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    # Without pyplot: no display, and the user's backend stays as it is.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(
-        len(matrices), 2, figsize=(11, 4.6 * len(matrices)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(11, 4.6 * len(matrices)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(matrices), 2, squeeze=False)
     largest = max(float(torch.nan_to_num(matrix[1:]).max()) for matrix in matrices.values())
     for row, (title, matrix) in zip(axes, matrices.items()):
         parts = (
@@ -77,7 +76,6 @@ def save_depth_heatmap(matrices: dict[str, torch.Tensor], path: Path) -> list[Pa
         figure.colorbar(image, ax=list(row), label="mean weight")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return [path, *(_save_csv(matrix, path, title) for title, matrix in matrices.items())]
 
 

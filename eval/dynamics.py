@@ -127,12 +127,13 @@ def save_dynamics(dynamics: dict[str, LayerDynamics], path: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    import matplotlib
+    # Without pyplot: no display, and the user's backend stays as it is.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
     labels = (("output_magnitude", "output magnitude (RMS)"), ("gradient_norm", "gradient norm"))
     for panel, (name, label) in zip(panels, labels):
         for title, measured in dynamics.items():
@@ -143,7 +144,6 @@ def save_dynamics(dynamics: dict[str, LayerDynamics], path: Path) -> list[Path]:
     panels[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     table = path.with_suffix(".csv")
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -17,6 +17,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .comparison import Comparison, Model
@@ -92,9 +93,10 @@ def forest_plot(comparison: Comparison, path: Path):
     columns = [panels(comparison, variant) for variant in comparison.variants]
     heights = {unit: max(len(column[unit]) for column in columns) for unit in columns[0]}
     heights = {unit: height for unit, height in heights.items() if height}
-    # Without pyplot: no display, no global state.
+    # Without pyplot: no display, and the user's backend stays as it is.
     size = (7.5 * len(columns), ROW_INCHES * sum(heights.values()) + 0.8 * len(heights) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
     ratios = [height + 0.5 for height in heights.values()]
     grid = figure.subplots(len(heights), len(columns), height_ratios=ratios, squeeze=False)
     for place, (column, variant) in enumerate(zip(columns, comparison.variants)):

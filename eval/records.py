@@ -116,8 +116,9 @@ class Run:
         """The task's `(metric, filter)` pairs that are a mean over items or bits per byte."""
         pairs = {(metric, sample["filter"]): None for sample in self.samples(task) for metric in sample["metrics"]}
         for metric, filter_name in pairs:
-            value = next(s[metric] for s in self.samples(task) if s["filter"] == filter_name and metric in s)
-            if metric == BITS or (isinstance(value, int | float) and self._is_mean(task, metric)):
+            values = (s.get(metric) for s in self.samples(task) if s["filter"] == filter_name)
+            # One number is enough: items without one are refused later, not passed over with the whole metric.
+            if metric == BITS or (any(map(_is_number, values)) and self._is_mean(task, metric)):
                 yield metric, filter_name
 
     def _is_mean(self, task: str, metric: str) -> bool:
@@ -130,8 +131,8 @@ class Run:
     def items(self, task: str, metric: str, filter_name: str) -> Items:
         """
         Raises:
-            RunError: if a score is missing or not finite, if an item comes twice, or if the items do not add up to the
-                score that lm-eval reported.
+            RunError: if a score or a gold answer's likelihood is missing or not finite, if a likelihood is not a
+                number, if an item comes twice, or if the items do not add up to the score that lm-eval reported.
         """
         samples = sorted(
             (sample for sample in self.samples(task) if sample["filter"] == filter_name),
@@ -143,8 +144,7 @@ class Run:
         scored = [self._score(task, metric, sample) for sample in samples]
         values, weights = (np.array(column, dtype=float) for column in zip(*scored))
         self._check_sum(task, metric, filter_name, float(np.average(values, weights=weights)))
-        gold = None if metric == BITS else gold_answers(samples)
-        gold_bits, gold_bytes = (None, None) if gold is None else gold
+        gold_bits, gold_bytes = (None, None) if metric == BITS else self._gold(task, samples)
         return Items(keys, values, weights, np.array([chance(sample) for sample in samples]), gold_bits, gold_bytes)
 
     def _score(self, task: str, metric: str, sample: dict) -> tuple[float, float]:
@@ -154,11 +154,32 @@ class Run:
         if value is None:
             raise RunError(f"{where}: no score")
         if metric == BITS:
+            if not (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[1] > 0):
+                raise RunError(f"{where}: the score must be a log-likelihood and a number of bytes, got {value}")
             log_likelihood, weight = value
             value = -log_likelihood / math.log(2) / weight
-        if not math.isfinite(value):
+        if not _is_number(value) or not math.isfinite(value):
             raise RunError(f"{where}: the score is {value}")
         return float(value), float(weight)
+
+    def _gold(self, task: str, samples: list[dict]) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """[`gold_answers`], with every likelihood that they were chosen by looked at first."""
+        for sample in samples:
+            answers = [float(response[0][0]) for response in sample["resps"]] if requests(sample) else []
+            if any(map(math.isnan, answers)):
+                raise RunError(
+                    f"{self.folder}: task {task}, item {sample['doc_id']}: the log-likelihood of an answer is nan"
+                )
+        gold = gold_answers(samples)
+        if gold is None:
+            return None, None
+        for sample, bits in zip(samples, gold[0]):
+            if not math.isfinite(bits):
+                raise RunError(
+                    f"{self.folder}: task {task}, item {sample['doc_id']}: "
+                    f"the log-likelihood of the gold answer is {-bits}"
+                )
+        return gold
 
     def _check_sum(self, task: str, metric: str, filter_name: str, score: float):
         reported = self.results["results"][task].get(f"{metric},{filter_name}")
@@ -167,6 +188,10 @@ class Run:
                 f"{self.folder}: the samples of task {task} come to {metric} = {score:.6g}, "
                 f"its results say {reported}; the files are not of one run"
             )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def load_run(folder: Path) -> Run:

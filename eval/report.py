@@ -17,6 +17,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from .alike import model_arguments
 from .comparison import Average, Comparison, Model, Row
 from .paired import Difference
 
@@ -156,9 +157,10 @@ def footer(comparison: Comparison, variants: Sequence[Model] | None = None) -> l
 
 def run_facts(run) -> dict:
     """The provenance of one run. What plain lm-eval does not record is `None`."""
-    config, record = run.results["config"], run.provenance
+    config, record, arguments = run.results["config"], run.provenance, model_arguments(run)
     return {
         "model": record.get("model") or run.results.get("model_name"),
+        "adapter": record.get("peft") or record.get("delta") or arguments.get("peft") or arguments.get("delta"),
         "model_hash": record.get("model_hash") or config.get("model_sha") or None,
         "dtype": str(config.get("model_dtype")).removeprefix("torch."),
         "parameters": config.get("model_num_parameters"),
@@ -179,7 +181,7 @@ def run_facts(run) -> dict:
 def run_line(facts: dict) -> str:
     model_hash = facts["model_hash"]
     parts = [
-        f"model {facts['model']}",
+        f"model {facts['model']}{' with ' + facts['adapter'] if facts['adapter'] else ''}",
         f"SHA-256 {model_hash[:12]}" if model_hash else "model hash not recorded",
         f"dtype {facts['dtype']}",
         f"batch size {facts['batch_size']}",

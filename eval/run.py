@@ -27,6 +27,7 @@ import yaml
 from . import provenance
 from .records import RunError
 from .tasks import TASKS_PATH
+from .tasks.offline.sandbox import ConfinementError
 
 
 # What lm-eval reports as ValueError before any model is run; other ValueErrors keep their traceback.
@@ -58,10 +59,21 @@ def check_output(output: Path, others: list[str]):
         raise RunError(f"--output must be a new or empty folder, {output} has something in it")
 
 
-def collect(written: Path):
+def check_model(model: str, namespace: argparse.Namespace):
+    """Refuses a second model among lm-eval's own arguments, which would be evaluated under the first one's name."""
+    given = namespace.model_args
+    other = given.get("pretrained", model) if isinstance(given, dict) else model
+    if other != model:
+        raise RunError(f"--model_args pretrained must be left out or be the model given first, {model}; got {other}")
+
+
+def collect(written: Path) -> dict:
     """Moves lm-eval's files from its folder named after the model up to `written`, and checks that they are there.
 
     lm-eval logs a failure to save and goes on, so a missing file shows only here.
+
+    Returns:
+        the content of its `results_*.json`.
     """
     for path in sorted(written.glob("*/*.json*")):
         path.rename(written / path.name)
@@ -70,9 +82,11 @@ def collect(written: Path):
     results = list(written.glob("results_*.json"))
     if len(results) != 1:
         raise RunError(f"lm-eval did not write its results: expected one results_*.json, found {len(results)}")
-    for task in json.loads(results[0].read_text("utf-8"))["configs"]:
+    content = json.loads(results[0].read_text("utf-8"))
+    for task in content["configs"]:
         if not list(written.glob(f"samples_{task}_*.jsonl")):
             raise RunError(f"lm-eval did not write the samples of task {task}")
+    return content
 
 
 def run(model: str, output: Path, others: list[str]):
@@ -95,6 +109,7 @@ def run(model: str, output: Path, others: list[str]):
     namespace = parse([*arguments, "--output_path", str(partial), "--log_samples"])
     started = time.perf_counter()
     try:
+        check_model(model, namespace)
         # Registers the architecture with Transformers' Auto classes, and so with lm-eval's `hf`.
         import modeling_attnres  # noqa: F401
 
@@ -104,10 +119,12 @@ def run(model: str, output: Path, others: list[str]):
             if str(error).startswith(REQUEST_ERRORS):
                 raise RunError(str(error)) from error
             raise
+        except ConfinementError as error:
+            raise RunError(str(error)) from error
         if int(os.environ.get("RANK", "0")) == 0:  # only the first of several processes has results
-            collect(partial)
+            arguments = {"pretrained": model, **collect(partial)["config"]["model_args"]}
             command = ["attnres-eval", "run", model, *others]
-            provenance.write(partial, model, command, time.perf_counter() - started, time.process_time())
+            provenance.write(partial, arguments, command, time.perf_counter() - started, time.process_time())
             if output.exists():
                 output.rmdir()
             partial.rename(output)

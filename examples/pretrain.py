@@ -1,6 +1,6 @@
 """Pretrain a preset on plain text: PreNorm, Full or Block AttnRes, on the same tokens in the same order.
 
-    python examples/pretrain.py --preset llama-1m-block --text path/to/texts --output runs/block --steps 500
+    python examples/pretrain.py --preset llama-2m-block --text path/to/texts --output runs/block --steps 500
 
 The folder's `*.txt` files are tokenized with a byte-level BPE trained on them; the last twentieth of every file is held
 out. `--set` overrides any argument of the preset (`--set depth_attention_type=static sublayers_per_block=4`). Writes the

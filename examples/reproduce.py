@@ -126,12 +126,13 @@ def sizes_table(output: Path) -> tuple[list[dict], dict[str, tuple[float, float]
 
 
 def draw(output: Path, sizes: list[dict], fits: dict[str, tuple[float, float]], path: Path):
-    import matplotlib
+    # Without pyplot: no display, and the user's backend stays as it is.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (curves, scaling) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, scaling = figure.subplots(1, 2)
     for index, name in enumerate(VARIANTS):
         logged = [read_metrics(output / f"small/{name}-{seed}" / "metrics.jsonl") for seed in SEEDS]
         steps = [record["step"] for record in logged[0] if "loss" in record]
@@ -152,7 +153,6 @@ def draw(output: Path, sizes: list[dict], fits: dict[str, tuple[float, float]], 
     curves.legend()
     scaling.legend()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def write_table(rows: list[dict], path: Path):

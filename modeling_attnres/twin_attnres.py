@@ -121,16 +121,28 @@ def _answers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     padding = torch.ones_like(ids)
     padding[0, :2] = 0
     yield "a forward without a cache", model(input_ids=ids, use_cache=False)[0]
+    steps = _generated(model, ids, padding) if model.can_generate() else _stepped(model, ids, padding)
+    yield from zip(("a left-padded prefill", "cached step 1", "cached step 2", "the text of `generate`"), steps)
+
+
+def _generated(model: PreTrainedModel, ids: torch.Tensor, padding: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The logits of each step of `generate`, then the tokens."""
+    choices = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
+    results = {"output_logits": True, "return_dict_in_generate": True}
+    outputs = model.generate(ids, attention_mask=padding, **choices, **results)
+    yield from (*outputs.logits, outputs.sequences)
+
+
+def _stepped(model: PreTrainedModel, ids: torch.Tensor, padding: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The hidden states of a prefill and of two cached steps, of a model without a head."""
     outputs = model(input_ids=ids, attention_mask=padding, use_cache=True)
-    yield "a left-padded prefill", outputs[0]
-    mask = padding
+    yield outputs[0]
     for step in (1, 2):
-        mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
-        outputs = model(input_ids=ids[:, step, None], attention_mask=mask, use_cache=True, **{CACHE: outputs[CACHE]})
-        yield f"cached step {step}", outputs[0]
-    if model.can_generate():
-        choices = {"do_sample": False, "max_new_tokens": 2, "eos_token_id": None, "pad_token_id": 0}
-        yield "`generate`", model.generate(ids, attention_mask=padding, **choices)
+        padding = torch.cat([padding, torch.ones_like(padding[:, :1])], dim=1)
+        outputs = model(
+            input_ids=ids[:, step, None], attention_mask=padding, use_cache=True, **{CACHE: outputs[CACHE]}
+        )
+        yield outputs[0]
 
 
 # --- Tiny models -----------------------------------------------------------------------------------------------------

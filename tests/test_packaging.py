@@ -101,6 +101,7 @@ def test_the_installed_wheel_works_without_the_checkout(folder, wheel, metadata)
     quiet("pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder / "installed", wheel)
     entry_points = configparser.ConfigParser(delimiters="=")
     entry_points.read_string(metadata["entry_points.txt"])
+    assert entry_points.sections() == ["console_scripts"]  # lm-eval, for one, reads no others
     scripts = dict(entry_points["console_scripts"])
     assert scripts.items() >= SCRIPTS.items()
     assert {path.name for path in (folder / "installed" / "bin").iterdir()} == set(scripts)

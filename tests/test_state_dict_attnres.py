@@ -22,6 +22,26 @@ def test_a_checkpoints_file_loads_into_a_model_that_exists(model_type, tmp_path)
     assert all(other.get_parameter(name) is parameter for name, parameter in parameters.items())
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "count", "down"), [("mixtral", "num_local_experts", "w2"), ("olmoe", "num_experts", "down_proj")]
+)
+def test_more_than_ten_experts_keep_their_order(model_type, count, down, reverse, tmp_path):
+    """As text, expert 10 comes before expert 2."""
+    saved, other = (tiny_model(model_type, seed=seed, **{count: 12}) for seed in (0, 1))
+    saved.save_pretrained(tmp_path)
+    state_dict = load_file(tmp_path / "model.safetensors")
+    apart = sorted(name for name in state_dict if "layers.1." in name and name.endswith(f".{down}.weight"))
+    assert [int(name.split(".")[-3]) for name in apart] == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    found = to_model_names(other, dict(sorted(state_dict.items(), reverse=reverse)))
+    (merged,) = [name for name in found if "layers.1." in name and name.endswith("experts.down_proj")]
+    for name in apart:
+        assert torch.equal(found[merged][int(name.split(".")[-3])], state_dict[name]), name
+    other.load_state_dict(state_dict)
+    for name, value in saved.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_the_models_own_names_pass_through(model_type):
     model = tiny_model(model_type)

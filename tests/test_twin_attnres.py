@@ -146,3 +146,11 @@ def test_a_real_size_shrinks_to_a_tiny_one_of_the_same_kinds(model_type):
     assert 2 <= small.num_hidden_layers <= 4
     for name in ("layer_types", "mlp_layer_types"):
         assert set(getattr(small, name, None) or []) == set(getattr(config, name, None) or [])
+
+
+def test_a_backbone_without_a_plain_head_is_compared_by_its_hidden_states(trials, monkeypatch):
+    monkeypatch.setattr(twin_attnres, "_has_plain_head", lambda config: False)
+    AttnResModel(tiny_config("qwen3_next"))
+    assert trials == ["qwen3_next"]
+    answers = twin_attnres._answers(AttnResModel(tiny_config("llama")).eval())
+    assert [tuple(hidden_states.shape) for _, hidden_states in answers] == [(2, 6, 32)] * 2 + [(2, 1, 32)] * 2

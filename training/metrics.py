@@ -124,12 +124,13 @@ def plot_metrics(
     if not curves:
         raise ValueError(f"`keys` must name metrics of the records, got {list(keys)} for {list(runs.values())}.")
 
-    import matplotlib
+    # Without pyplot: no display, and the user's backend stays as it is.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panel = pyplot.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
     for label, points in curves.items():
         panel.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3, label=label)
     panel.set_xlabel("step")
@@ -139,5 +140,4 @@ def plot_metrics(
     png = Path(png)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=120)
-    pyplot.close(figure)
     return png

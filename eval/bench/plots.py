@@ -34,12 +34,13 @@ def plot_sweep(timings: dict[str, dict[str, Timing]], path: Path, num_sublayers:
         path: the PNG to write.
         num_sublayers, sublayers_per_block: what the sweep held fixed, for the labels.
     """
-    import matplotlib
+    # Without pyplot: no display, and the user's backend stays as it is.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(AXES), figsize=(12, 4), sharey=True)
+    figure = Figure(figsize=(12, 4))
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(AXES), sharey=True)
     for panel, (axis, label) in zip(panels, AXES.items()):
         cases = {
             int(name.partition("=")[2]): case for name, case in timings.items() if name.startswith(f"mixer {axis}=")
@@ -60,4 +61,3 @@ def plot_sweep(timings: dict[str, dict[str, Timing]], path: Path, num_sublayers:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

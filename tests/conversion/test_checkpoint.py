@@ -62,6 +62,7 @@ DAMAGE = {
     "header no text": (lambda file: rewrite_header(file, lambda _: b"\xff\xfe{}"), "not valid JSON"),
     "key twice": (lambda file: rewrite_header(file, twice), f"key given twice: {NAME}"),
     "unknown dtype": (lambda file: rewrite_header(file, set_entry(dtype="F12")), "has dtype 'F12'; known are F64"),
+    "dtype of scales": (lambda file: rewrite_header(file, set_entry(dtype="F8_E8M0")), "quantised weights .* has dtype F8_E8M0"),
     "narrower dtype": (lambda file: rewrite_header(file, set_entry(dtype="F16")), "needs 64 bytes, the header gives it 128"),
     "integer dtype": (lambda file: rewrite_header(file, set_entry(dtype="I32")), "not floating point: model.norm.weight"),
     "dtype no name": (lambda file: rewrite_header(file, set_entry(dtype=3)), "has dtype 3"),

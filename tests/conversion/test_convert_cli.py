@@ -1,10 +1,15 @@
+import errno
 import json
+import os
+import re
 from importlib.metadata import entry_points
 
 import pytest
 from tiny_checkpoints import save_backbone, weights
+from tiny_gguf import save_gguf
 
 from modeling_attnres import AttnResConfig
+from modeling_attnres.conversion import convert, writer
 from modeling_attnres.conversion.cli import main
 
 
@@ -54,6 +59,102 @@ def test_errors_are_one_message_and_no_traceback(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith("attnres-convert: error: `source` is neither an existing path nor a Hub id")
     assert captured.out == ""
+
+
+def too_long(folder, monkeypatch):
+    return [str(folder / "llama"), "x" * 250], r"`out` must have a name of at most 245 bytes, got 250: x{40}\.\.\."
+
+
+def into_a_folder_without_files(folder, monkeypatch):
+    return [str(folder / "llama"), "/proc/model"], "`out` must lie in a folder that takes files, got /proc/model"
+
+
+def over_the_working_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder / "old")
+    return [str(folder / "llama"), ".", "--overwrite"], "`out` must not be or contain the working folder, which would"
+
+
+def over_a_folder_above(folder, monkeypatch):
+    (folder / "old" / "inner").mkdir()
+    monkeypatch.chdir(folder / "old" / "inner")
+    return [str(folder / "llama"), "..", "--overwrite"], "`out` must not be or contain the working folder"
+
+
+def an_adapter(folder, monkeypatch):
+    (folder / "lora").mkdir()
+    (folder / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    return [str(folder / "lora"), "out"], "lora: a PEFT adapter of 'base', not a model; merge it first with"
+
+
+def a_cut_gguf_file(folder, monkeypatch):
+    save_gguf(folder / "llama", folder / "cut.gguf")
+    (folder / "cut.gguf").write_bytes((folder / "cut.gguf").read_bytes()[:700])
+    return [str(folder / "cut.gguf"), "out"], r"cut\.gguf: not a sound GGUF file \("
+
+
+def an_empty_pickle(folder, monkeypatch):
+    (folder / "llama" / "model.safetensors").unlink()
+    (folder / "llama" / "pytorch_model.bin").touch()
+    return [str(folder / "llama"), "out"], r"pytorch_model\.bin: damaged, or not a file of `torch\.save` \(EOFError\)"
+
+
+def no_source(folder, monkeypatch):
+    return ["", "out"], "`source` must be a path, got ''"
+
+
+def no_out(folder, monkeypatch):
+    return [str(folder / "llama"), ""], "`out` must be a path, got ''"
+
+
+def a_pipe(folder, monkeypatch):
+    os.mkfifo(folder / "pipe.gguf")
+    return [
+        str(folder / "pipe.gguf"),
+        "out",
+    ], r"must be a folder, a \.gguf file or a Hub id, got the file .*pipe\.gguf"
+
+
+def out_is_a_link(folder, monkeypatch):
+    (folder / "link").symlink_to(folder / "nowhere")
+    return [str(folder / "llama"), str(folder / "link")], r"`out` must not be a link, got .*link \(to .*nowhere\)"
+
+
+def a_failing_disk(folder, monkeypatch):
+    def fail(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", "a file")
+
+    monkeypatch.setattr(writer, "_copy_file", fail)
+    return [str(folder / "llama"), "out"], r"\[Errno 13\] Permission denied: 'a file'; nothing was written\."
+
+
+CASES = [
+    *(
+        too_long,
+        into_a_folder_without_files,
+        over_the_working_folder,
+        over_a_folder_above,
+        an_adapter,
+        a_cut_gguf_file,
+    ),
+    *(an_empty_pickle, no_source, no_out, a_pipe, out_is_a_link, a_failing_disk),
+]
+
+
+@pytest.mark.parametrize("prepare", CASES, ids=lambda case: case.__name__)
+def test_one_line_with_the_true_reason_and_nothing_left(tmp_path, llama, monkeypatch, capsys, prepare):
+    monkeypatch.chdir(tmp_path)
+    convert(llama, tmp_path / "old", check=False)
+    arguments, message = prepare(tmp_path, monkeypatch)
+    before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    (line,) = [
+        line for line in captured.err.replace("\r", "\n").splitlines() if "Writing weights" not in line and line
+    ]
+    assert re.match(f"attnres-convert: error: .*{message}", line)
+    assert captured.out == ""
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("options", [["--num-blocks", "2", "--sublayers-per-block", "2"], ["--dtype", "int4"], []])

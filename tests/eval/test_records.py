@@ -170,3 +170,46 @@ def test_item_twice(folder):
     rewrite(folder, "mc", lambda samples: samples.append(samples[0]))
     with pytest.raises(RunError, match="comes twice"):
         load_run(folder).items("mc", "acc", "none")
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf", "inf"])
+@pytest.mark.parametrize("metric_too", [False, True])
+def test_a_gold_answer_without_a_likelihood(folder, value, metric_too):
+    """The accuracy of such an item may well be a number: `argmax` of NaN is an index."""
+
+    def spoil(samples):
+        samples[2]["resps"][int(samples[2]["target"])][0][0] = value
+        if metric_too:
+            samples[2]["acc_norm"] = 0.0
+
+    rewrite(folder, "mc", spoil)
+    with pytest.raises(RunError, match=rf"{folder}: task mc, item 2: the log-likelihood of .* is {value}$"):
+        load_run(folder).items("mc", "acc", "none")
+
+
+def test_another_answer_without_a_likelihood(folder):
+    """What it was compared with decided whether the gold answer was chosen."""
+
+    def spoil(samples):
+        gold = int(samples[1]["target"])
+        samples[1]["resps"][(gold + 1) % 4][0][0] = "nan"
+
+    rewrite(folder, "mc", spoil)
+    with pytest.raises(RunError, match="task mc, item 1: the log-likelihood of an answer is nan"):
+        load_run(folder).items("mc", "acc", "none")
+
+
+@pytest.mark.parametrize("value", [[-3.0, 0], [-3.0], -3.0, ["-3.0", 10]])
+def test_bits_per_byte_of_something_else(folder, value):
+    rewrite(folder, "bits", lambda samples: samples[2].update(bits_per_byte=value))
+    with pytest.raises(RunError, match="task bits, item 2, metric bits_per_byte: the score must be a log-likelihood"):
+        load_run(folder).items("bits", "bits_per_byte", "none")
+
+
+@pytest.mark.parametrize("value", [None, "", "nan"])
+def test_a_first_item_without_a_score_does_not_hide_the_metric(folder, value):
+    rewrite(folder, "mc", lambda samples: samples[0].update(acc=value))
+    run = load_run(folder)
+    assert list(run.measured("mc")) == [("acc", "none")]
+    with pytest.raises(RunError, match=f"{folder}: task mc, item 0, metric acc: (no score|the score is {value})$"):
+        run.items("mc", "acc", "none")

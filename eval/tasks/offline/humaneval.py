@@ -15,7 +15,7 @@
 
 from datasets import Dataset
 
-from .sandbox import check_supported, run_python
+from .sandbox import check_function, check_supported
 
 
 SOLUTIONS = 60
@@ -52,6 +52,11 @@ def solution_bits(doc: dict, results: list[tuple[float, bool]]) -> dict[str, tup
 
 
 def run_tests(doc: dict, results: list[str]) -> dict[str, float]:
-    """Runs the problem's tests on the generated function body; only reached with `--confirm_run_unsafe_code`."""
-    program = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})\n"
-    return {"pass@1": float(run_python(program).passed)}
+    """Runs the problem's tests on the generated function body; only reached with `--confirm_run_unsafe_code`.
+
+    Tests may call functions that the prompt defines besides the one to write; they get the prompt's own.
+    """
+    source, name = f"{doc['prompt']}{results[0]}\n", doc["entry_point"]
+    # The prompt ends in a docstring, which is a body.
+    outcome = check_function(source, name, setup=doc["prompt"], tests=f"{doc['test']}\ncheck({name})\n")
+    return {"pass@1": float(outcome.passed)}

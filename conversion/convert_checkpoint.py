@@ -21,75 +21,28 @@ by comparing source and result.
 import json
 import re
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modeling_attnres
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
 
 from .checkpoint import ConversionError, open_checkpoint
+from .companions import REPORT, companion_bytes, copy_companions
 from .dialects import DIALECT_NAMES, DIALECTS, detect_dialect, read_dialect, refuse_foreign
-from .fetch import fetch_source
+from .fetch import FetchedSource, fetch_source
 from .model_card import write_model_card
 from .parity import ParityError, check_finite, compare_logits, compare_sources, fixed_tokens, logits_of, tokenize
+from .refusals import refuse_adapter_folder
+from .report import ConversionReport
 from .source import Source, build_attnres_config, check_backbone_tensors, read_attnres, read_prenorm
-from .targets import ATTNRES, PRENORM, TARGETS, check_target, plan_weights, write_companions, write_config
+from .targets import ATTNRES, PRENORM, TARGETS, check_target, plan_weights, write_config
+from .tokenizer import NONE, has_tokenizer, keep_tokenizer
 from .writer import OutputShard, check_output, check_space, put_in_place, workspace, write_shards
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class ConversionReport:
-    """What a conversion did, or with `dry_run` would do.
-
-    Attributes:
-        source_name, out_name: for the model card; the last part of a path.
-        base_model: Hub id of the source, if it came from there.
-        source_kind, target: `"prenorm"`, `"attnres"`, or the name of a dialect.
-        model_type: of the backbone.
-        num_parameters: of the result, `parameters_added` of them depth attention that the source did not have.
-        weight_bytes: size of the result's tensors.
-        dropped_keys: tensors of the source that the result leaves out.
-        check: how the result was checked, in a sentence.
-        parity: per input the fields of [`Parity`]; empty if logits were not compared.
-        written: whether `out` exists now.
-    """
-
-    source_name: str
-    out_name: str
-    base_model: str | None
-    source_kind: str
-    target: str
-    model_type: str
-    num_sublayers: int
-    sublayers_per_block: int
-    num_blocks: int
-    depth_weights: str
-    queries_are_zero: bool
-    dtype: str
-    num_parameters: int
-    parameters_added: int
-    weight_bytes: int
-    dropped_keys: list[str]
-    version: str = modeling_attnres.__version__
-    check: str = "Not run."
-    parity: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seconds: float = 0.0
-    written: bool = False
-
-    @property
-    def max_logit_difference(self) -> float | None:
-        """Largest difference over all inputs that were compared, `None` if none was."""
-        return max((row["max_logit_difference"] for row in self.parity.values()), default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def convert(
@@ -107,6 +60,7 @@ def convert(
     check: bool = True,
     check_text: str | None = None,
     dry_run: bool = False,
+    revision: str | None = None,
 ) -> ConversionReport:
     """Converts a checkpoint into an AttnRes checkpoint folder, or an AttnRes checkpoint into another form.
 
@@ -125,6 +79,7 @@ def convert(
         check: whether to load source and result back and compare them.
         check_text: a text to compare the logits on, besides fixed token ids.
         dry_run: whether to stop before anything is written.
+        revision: branch, tag or commit of a source on the Hub.
 
     Returns:
         The report, also written to `conversion_report.json`.
@@ -134,21 +89,25 @@ def convert(
         UnsupportedBackboneError: if the source's backbone cannot carry depth attention; it names the reason.
     """
     started = time.monotonic()
-    out = Path(out)
+    for name, path in (("source", source), ("out", out)):
+        if not str(path) or "\0" in str(path):
+            raise ConversionError(f"`{name}` must be a path, got {str(path)!r}.")
+    out = _output_path(out)
     dtype = _check_arguments(dtype, to, dialect, drop_keys, num_blocks, sublayers_per_block, depth_weights)
     local = Path(source) if Path(source).exists() else None
     check_output(out, local if local is not None and local.is_dir() else None, overwrite)
     with workspace(out) as work:
-        folder, base_model = fetch_source(source, work, dtype)
+        fetched = fetch_source(source, work, dtype, revision)
+        folder = fetched.folder
         origin = read_source(folder, dialect, drop_keys)
         config = build_attnres_config(origin, num_blocks, sublayers_per_block, depth_weights)
         check_target(origin, to, config)
         model = check_backbone_tensors(origin, config)
-        tokens = _check_inputs(folder, config, check_text) if check else {}
+        tokens = _check_inputs(fetched, config, check_text) if check else {}
         shards, config.dtype = plan_weights(origin, to, model, dtype)
         report = _report(origin, to, config, shards, source_name=_name(source), out_name=out.name)
-        report.base_model = base_model
-        check_space(work, report.weight_bytes)
+        report.base_model, report.revision = fetched.repo_id, fetched.revision
+        check_space(work, report.weight_bytes + companion_bytes(folder))
         if dry_run:
             report.check = "Dry run: nothing was written."
             return report
@@ -156,18 +115,26 @@ def convert(
         result = work / "result"
         result.mkdir()
         write_shards(result, shards)
-        write_companions(folder, result, origin.text_config)
+        defaults = origin.text_config if origin.kind in DIALECTS else origin.checkpoint.config
+        copy_companions(folder, result, defaults, keep_card=to == ATTNRES and origin.kind != ATTNRES)
         write_config(result, origin, to, config, model, dtype)
+        report.tokenizer = _keep_tokenizer(fetched, result)
         if check:
-            _check(origin, result, to, config, tokens, report)
+            _check(fetched, origin, result, to, config, tokens, report)
         else:
             report.check = "Skipped on request (`--no-check`)."
         report.written, report.seconds = True, round(time.monotonic() - started, 2)
         if to == ATTNRES:
             write_model_card(result, report, source_card=folder / "README.md")
-        (result / "conversion_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (result / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         put_in_place(result, out)
     return report
+
+
+def _output_path(out: str | Path) -> Path:
+    """The path with a name at its end, which the folders beside it are named after."""
+    path = Path(out)
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def _check_arguments(dtype, to, dialect, drop_keys, num_blocks, sublayers_per_block, depth_weights):
@@ -210,6 +177,7 @@ def read_source(folder: Path, dialect: str | None = None, drop_keys: tuple[str, 
     """
     if dialect is not None:
         refuse_foreign(dialect)
+    refuse_adapter_folder(folder)
     checkpoint = open_checkpoint(folder)
     dialect = dialect or detect_dialect(checkpoint)
     if dialect is not None:
@@ -240,14 +208,23 @@ def _report(source: Source, to: str, config: AttnResConfig, shards: list[OutputS
     )
 
 
-def _check_inputs(folder: Path, config: AttnResConfig, check_text: str | None) -> dict[str, torch.Tensor]:
+def _keep_tokenizer(fetched: FetchedSource, result: Path) -> str:
+    if not has_tokenizer(result):
+        return NONE
+    return keep_tokenizer(
+        fetched.load_tokenizer, lambda: AutoTokenizer.from_pretrained(result, trust_remote_code=False), result
+    )
+
+
+def _check_inputs(fetched: FetchedSource, config: AttnResConfig, check_text: str | None) -> dict[str, torch.Tensor]:
     inputs = {"fixed token ids": fixed_tokens(config.text_config.vocab_size)}
     if check_text is not None:
-        inputs["given text"] = tokenize(folder, check_text)
+        inputs["given text"] = tokenize(fetched.load_tokenizer, check_text)
     return inputs
 
 
 def _check(
+    fetched: FetchedSource,
     source: Source,
     result: Path,
     to: str,
@@ -255,26 +232,30 @@ def _check(
     tokens: dict[str, torch.Tensor],
     report: ConversionReport,
 ):
-    """Loads source and result back, one after the other, and fills `check` and `parity` of the report."""
+    """Compares the result with the source's files, tensors and logits, and fills `check` and `parity` of the report."""
     scratch = result.parent
+    written = read_source(result)
+    if written.kind != to:
+        raise ParityError(f"The result reads back as {written.kind!r} where {to!r} is due.")
+    compare_sources(source, written, config, cast_to=config.dtype)
+    tensors = "Every tensor of source and result was read back and compared bit for bit"
     if source.kind in DIALECTS or to in DIALECTS:
-        compare_sources(source, read_source(result), config, cast_to=config.dtype)
         ours = result if to == ATTNRES else source.checkpoint.folder
         if to == ATTNRES or source.kind == ATTNRES:
             check_finite(logits_of(ours, config.dtype, AttnResForCausalLM, tokens, scratch)[0])
         report.check = (
-            "Every tensor of source and result was read back and compared bit for bit, and the blocks and conventions "
-            "with them. Logits were not compared: no library runs both."
+            f"{tensors}, and the blocks and conventions with them. Logits were not compared: no library runs both."
         )
         return
     source_class, result_class = (
         AttnResForCausalLM if is_attnres else AutoModelForCausalLM
         for is_attnres in (source.attnres is not None, to == ATTNRES)
     )
-    before, how = logits_of(source.checkpoint.folder, config.dtype, source_class, tokens, scratch)
+    place, keywords = fetched.location
+    before, how = logits_of(place, config.dtype, source_class, tokens, scratch, **keywords)
     after, _ = logits_of(result, config.dtype, result_class, tokens, scratch)
     report.parity = {name: compare_logits(before[name], after[name]).to_dict() for name in tokens}
-    report.check = f"Source and result were loaded in {report.dtype}, {how}, and their logits compared."
+    report.check = f"{tensors}. Source and result were loaded in {report.dtype}, {how}, and their logits compared."
     if _must_be_exact(source, to, config) and report.max_logit_difference != 0.0:
         raise ParityError(
             f"The result's logits differ from the source's by up to {report.max_logit_difference:.3g}, where 0.0 is "
