@@ -73,6 +73,10 @@ class DecodeMean:
     def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ()
 
+    @staticmethod
+    def outward(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return state
+
     @classmethod
     def phase_two(cls, read: DecodeRead, norm_floor: torch.Tensor, *state: torch.Tensor):
         """The mix `[B, 1, D]`, and its weights `[n, B, 1]`, which sum to 1."""

@@ -58,7 +58,7 @@ from .backbone_attnres import check_backbone, check_language_model_head
 from .block_summaries_attnres import BlockSummaries
 from .compat_attnres import CACHE, given_cache, slice_logits_to_keep
 from .configuration_attnres import AttnResConfig
-from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, run_decoder_layers
+from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, is_run_apart, run_decoder_layers
 from .depth_attention_attnres import DepthAttention
 from .depth_variants_attnres import build_depth_attention, open_stream
 from .flat_config_attnres import on_config_class
@@ -257,7 +257,7 @@ class AttnResModel(AttnResPreTrainedModel):
             norm_floor,
             bank,
             self.config.sublayers_per_block,
-            undivided=not any(self._is_run_apart(layer) for layer in layers),
+            undivided=not any(is_run_apart(layer, self.training) for layer in layers),
         )
         state = depth.start(embedding)
         wanted = self._wanted_hidden_states(kwargs)
@@ -275,10 +275,6 @@ class AttnResModel(AttnResPreTrainedModel):
             block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
             **{CACHE: cache},
         )
-
-    def _is_run_apart(self, layer: AttnResDecoderLayer) -> bool:
-        """Whether a layer is recomputed in backward, or a hook hands it copies of its inputs on another device."""
-        return (self.training and layer.gradient_checkpointing) or "_hf_hook" in vars(layer)
 
     def _wanted_hidden_states(self, kwargs: dict) -> set[int]:
         """Indices of the hidden states that `output_hidden_states` asks for: none, all, or those it names."""
