@@ -131,7 +131,9 @@ def is_run_apart(layer: nn.Module, training: bool) -> bool:
         return True
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     compiled = layer._compiled_call_impl is not None
-    return compiled or "_hf_hook" in vars(layer) or any(_is_foreign(hook) for group in hooks for hook in group.values())
+    return (
+        compiled or "_hf_hook" in vars(layer) or any(_is_foreign(hook) for group in hooks for hook in group.values())
+    )
 
 
 def _is_foreign(hook: Any) -> bool:

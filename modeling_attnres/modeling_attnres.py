@@ -26,6 +26,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -66,6 +67,9 @@ from .model_class_attnres import FORMER_LEVEL, blank_model, model_class_for, pla
 from .peft_attnres import register_peft_targets
 from .state_dict_attnres import rename_former_names, to_model_names
 from .twin_attnres import check_untested_version
+
+
+_GENERATION_BANKS: WeakKeyDictionary[Cache, BlockSummaries] = WeakKeyDictionary()
 
 
 @dataclass
@@ -247,15 +251,16 @@ class AttnResModel(AttnResPreTrainedModel):
         embedding = self.depth_input(inputs_embeds)
         # Beside the embedding, where the bank lies, also if a device map has put the module elsewhere.
         queries, norm_floor = (tensor.to(embedding.device) for tensor in self.depth_attention(embedding))
+        bank = None
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
-        reuse = block_summaries is not None and not torch.compiler.is_compiling()
-        bank = block_summaries if reuse else BlockSummaries()
+        if not torch.compiler.is_compiling():
+            bank = _GENERATION_BANKS.get(cache) if block_summaries is None and cache is not None else block_summaries
         depth = open_stream(
             self.depth_form,
             embedding,
             queries[: 2 * len(layers) + 1],
             norm_floor,
-            bank,
+            BlockSummaries() if bank is None else bank,
             self.config.sublayers_per_block,
             undivided=not any(is_run_apart(layer, self.training) for layer in layers),
         )
@@ -376,8 +381,10 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        # One bank for the whole `generate`: every decode step reuses its allocation.
-        model_kwargs.setdefault("block_summaries", BlockSummaries())
+        # One bank for the whole `generate`: every decode step reuses its allocation. By the cache that all of them have,
+        # and not as one more argument: whoever records a step's arguments (exporters) knows tensors and caches alone.
+        if isinstance(model_kwargs.get(CACHE), Cache):
+            _GENERATION_BANKS[model_kwargs[CACHE]] = BlockSummaries()
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
         # The bank is this model's own: an assistant knows no such argument, or makes one itself.
