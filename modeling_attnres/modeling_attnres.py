@@ -123,9 +123,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: AttnResConfig, *args, **kwargs):
         config.validate_architecture()
-        # Out of a folder, Transformers imports the config's file twice: by itself, and for this one. The generic heads
-        # ask `AutoModel` by the config's class.
-        AutoModel.register(type(config), AttnResModel, exist_ok=True)
+        if not isinstance(config, AttnResConfig):
+            # Out of a folder, Transformers imports the config's file twice: by itself, and for this one. The generic
+            # heads ask `AutoModel` by the config's class.
+            AutoModel.register(type(config), AttnResModel, exist_ok=True)
         super().__init__(config, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: int):
@@ -422,8 +423,10 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
 
 
 def _register(config_class: type[AttnResConfig]):
+    """Maps a config class that was made for a backbone to the models of the class that it was made of."""
     for auto_class, model_class in AUTO_CLASSES.items():
-        auto_class.register(config_class, model_class, exist_ok=True)
+        models = auto_class._model_mapping
+        models.register(config_class, models.get(config_class.attnres_config_class, model_class), exist_ok=True)
 
 
 on_config_class(_register)
