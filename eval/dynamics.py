@@ -57,7 +57,6 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         ValueError: if the model keeps its layers elsewhere than Transformers' decoders do.
     """
     decoder = model.get_decoder()
-    decoder = getattr(decoder, "backbone", decoder)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise ValueError(f"`model` must be a decoder with a list of `layers`, got {type(model).__name__}.")
     return decoder.layers
@@ -104,7 +103,7 @@ def measure_dynamics(model: PreTrainedModel, input_ids: torch.Tensor) -> LayerDy
 def _left_behind(form, output) -> torch.Tensor:
     """The residual stream after a PreNorm layer; after an AttnRes layer, which was given a `form`, its latest source."""
     if form is not None:
-        return form.recents(output[3:])[-1]
+        return form.recents(form.outward(output[:-3]))[-1]
     return output[0] if isinstance(output, tuple) else output
 
 

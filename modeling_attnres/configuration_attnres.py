@@ -84,7 +84,7 @@ class AttnResConfig(PreTrainedConfig):
         sublayers_per_block (`int`, *optional*):
             S, the sublayers whose outputs are summed into one block, from 1 (Full AttnRes) to L. Need not divide L:
             the last block takes what remains. Give this or `num_blocks`; without either, `num_blocks=8` (capped at L).
-            If a config is read or copied with fewer layers, so that S is more than they have, S becomes L.
+            A config whose `num_hidden_layers` is lowered afterwards, to less than S has, is one block over all of them.
         num_blocks (`int`, *optional*):
             N, as constructor sugar for `sublayers_per_block=ceil(L / N)`; not stored. Reading `config.num_blocks`
             gives the number of blocks that S results in.
@@ -140,9 +140,8 @@ class AttnResConfig(PreTrainedConfig):
         return blank_config(cls)
 
     def __init__(self, **kwargs):
-        # What comes with a model type was saved before, and was valid then.
-        copied = kwargs.pop("backbone_type", None) is not None or "model_type" in kwargs
-        kwargs.pop("model_type", None)  # of the class: in the `__dict__` it would show in `text_config`
+        for name in ("backbone_type", "model_type"):  # the class has them: in the `__dict__` they would be fields too
+            kwargs.pop(name, None)
         text_config = kwargs.pop("text_config", None)
         values = backbone_fields(text_config, kwargs)
         architectures = getattr(text_config, "architectures", None)
@@ -151,7 +150,6 @@ class AttnResConfig(PreTrainedConfig):
             setattr(self, field.name, values.pop(field.name, default))
         # A file has one such field, and it names this model; the backbone's own is kept for `text_config` alone.
         vars(self)["architectures"] = architectures
-        self._valid_depth = self._own["sublayers_per_block"] if copied else None
         self.__post_init__(**values)
 
     def __init_subclass__(cls, **kwargs):

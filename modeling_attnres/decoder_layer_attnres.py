@@ -53,8 +53,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        norm_floor: torch.Tensor,
         *tensors: torch.Tensor,
+        norm_floor: torch.Tensor,
         form: Any,
         reads: tuple[DepthRead, DepthRead] | None = None,
         num_sources: int = 0,
@@ -63,21 +63,25 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor | None, ...]:
         """
         Args:
+            tensors: the depth state as seen from outside (`form.outward`): under `"sum"` the residual stream comes first,
+                as in a plain decoder layer, under `"mean"` what was last written to. Without `reads`, the layer's two
+                folded queries `[2, D]` and `num_sources` sources `[B, T, D]` follow, so that gradient checkpointing
+                recomputes phase 1 with the layer. All that carries a gradient is positional: reentrant checkpointing
+                drops any other.
             norm_floor: scalar from [`DepthAttention`].
-            tensors: with `reads`, the depth state; without, the layer's two folded queries `[2, D]`, `num_sources`
-                sources `[B, T, D]` and the depth state, so that gradient checkpointing recomputes phase 1 with the
-                layer. All that carries a gradient is positional: reentrant checkpointing drops any other.
             form: how mixes over depth are computed in this forward.
             reads: what phase 1 found for the token mixer and the feed-forward.
             kwargs: the backbone's keyword arguments (masks, positions, cache).
 
         Returns:
-            The token mixer's mix `[B, T, D]`, the two mixes' weights `[B, T, n]` (or `None`), and the new depth state.
+            The new depth state as seen from outside, the token mixer's mix `[B, T, D]`, and the two mixes' weights
+            `[B, T, n]` (or `None`).
         """
-        state = tensors
         if reads is None:
-            queries, sources, state = tensors[0], tensors[1 : 1 + num_sources], tensors[1 + num_sources :]
+            num_state = len(tensors) - 1 - num_sources
+            tensors, queries, sources = tensors[:num_state], tensors[num_state], tensors[num_state + 1 :]
             reads = form.read_sources(queries, sources, norm_floor)
+        state = form.outward(tensors)
         mixer_read, feed_forward_read = reads
 
         mixer_input, mixer_logit = form.phase_two(mixer_read, norm_floor, *state)
@@ -98,7 +102,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
                 form.mix_weights(mixer_read, mixer_logit),
                 form.mix_weights(feed_forward_read, feed_forward_logit),
             )
-        return mixer_input, *weights, *state
+        return *form.outward(state), mixer_input, *weights
 
     def _mix_tokens(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Calls the token mixer with the arguments its own layer would give it."""
@@ -109,6 +113,32 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             kwargs = arguments
         output = getattr(self, self.plan.mixer)(hidden_states, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+def is_recomputed(layer: nn.Module, training: bool) -> bool:
+    """Whether a decoder layer may run again in backward: by the library's own checkpointing, or by what it lies in."""
+    if not isinstance(layer, AttnResDecoderLayer):  # in a wrapper, such as torch's for activation checkpointing
+        return torch.is_grad_enabled()
+    return training and layer.gradient_checkpointing
+
+
+def is_run_apart(layer: nn.Module, training: bool) -> bool:
+    """Whether more than the loop has a hand in how a decoder layer runs, so that the depth state must be tensors.
+
+    It is recomputed, or compiled by itself, or hooks look at and replace what it takes and returns.
+    """
+    if is_recomputed(layer, training) or not isinstance(layer, AttnResDecoderLayer):
+        return True
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    compiled = layer._compiled_call_impl is not None
+    return (
+        compiled or "_hf_hook" in vars(layer) or any(_is_foreign(hook) for group in hooks for hook in group.values())
+    )
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Whether a hook is not one by which torch gathers and frees sharded weights: those leave the depth state alone."""
+    return not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
 
 def _as_wide_as(stream: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -169,22 +199,22 @@ def run_decoder_layers(
     hidden_states, depth_weights = [], []
     for first, last in depth.groups:
         group = range(first // 2, last // 2)
-        recompute = training and any(layers[index].gradient_checkpointing for index in group)
+        recompute = any(is_recomputed(layers[index], training) for index in group)
         reads = None if recompute else depth.read(first, last)
         for index in group:
             depth_inputs, depth_kwargs = _layer_reads(depth, reads, index, first)
-            mix, *weights_and_state = layers[index](
-                depth.norm_floor,
+            *outward, mix, mixer_weights, feed_forward_weights = layers[index](
+                *depth.form.outward(state),
                 *depth_inputs,
-                *state,
+                norm_floor=depth.norm_floor,
                 form=depth.form,
                 **depth_kwargs,
                 attention_mask=masks[index],
                 **layer_kwargs,
             )
-            state = tuple(weights_and_state[2:])
+            state = depth.form.outward(tuple(outward))
             hidden_states.append(mix if index in wanted else None)  # a mix not asked for is freed here
-            depth_weights += weights_and_state[:2]
+            depth_weights += (mixer_weights, feed_forward_weights)
         state = depth.close(state, next_sublayer=last)
     return state, hidden_states, depth_weights
 

@@ -227,6 +227,11 @@ class MeanWeights:
         return (*state[:-1], state[-1] + output)
 
     @staticmethod
+    def outward(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """`state` in the order in which a decoder layer takes and returns it, and back: what was last written first."""
+        return state[::-1]
+
+    @staticmethod
     def recents(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The sources of `state` that are not in the bank, oldest first."""
         return state
@@ -289,6 +294,10 @@ class SumWeights(MeanWeights):
     def advance(read: DepthRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
         stream, *recents = state
         return (stream + output, *MeanWeights.advance(read, tuple(recents), output, starts_block))
+
+    @staticmethod
+    def outward(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return state  # the stream is first
 
     @staticmethod
     def recents(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -77,6 +77,10 @@ class DecodeMean:
     def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ()
 
+    @staticmethod
+    def outward(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return state
+
     @classmethod
     def phase_two(cls, read: DecodeRead, norm_floor: torch.Tensor, *state: torch.Tensor):
         """The mix `[B, T, D]`, and its weights `[n, M, 1]`, which sum to 1."""

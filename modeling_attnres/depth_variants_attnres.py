@@ -139,6 +139,7 @@ class SourcesForm:
 
     advance = staticmethod(MeanWeights.advance)
     recents = staticmethod(MeanWeights.recents)
+    outward = staticmethod(MeanWeights.outward)
 
     def stream(self, *args, **kwargs) -> SourcesStream:
         return SourcesStream(*args, form=self, **kwargs)

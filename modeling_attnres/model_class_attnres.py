@@ -31,7 +31,7 @@ from .flat_config_attnres import made_suffix
 # What the library reads off a class beside every `_supports_*`.
 _CAPABILITIES = ("_can_compile_fullgraph", "_is_stateful")
 _OF_A_HEAD = (
-    *("_tp_plan", "_ep_plan", "_fsdp_plan"),
+    *("_tp_plan", "_ep_plan", "_fsdp_plan", "input_modalities"),
     *("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save"),
 )
 

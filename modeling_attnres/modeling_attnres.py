@@ -26,6 +26,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ from .backbone_attnres import check_backbone, check_language_model_head
 from .block_summaries_attnres import BlockSummaries
 from .compat_attnres import CACHE, given_cache, is_for_attention_alone, slice_logits_to_keep
 from .configuration_attnres import AttnResConfig
-from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, run_decoder_layers
+from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, is_run_apart, run_decoder_layers
 from .depth_attention_attnres import DepthAttention
 from .depth_variants_attnres import build_depth_attention, open_stream
 from .flat_config_attnres import on_config_class
@@ -66,6 +67,9 @@ from .model_class_attnres import FORMER_LEVEL, blank_model, model_class_for, pla
 from .peft_attnres import register_peft_targets
 from .state_dict_attnres import rename_former_names, to_model_names
 from .twin_attnres import check_untested_version
+
+
+_GENERATION_BANKS: WeakKeyDictionary[Cache, BlockSummaries] = WeakKeyDictionary()
 
 
 @dataclass
@@ -119,9 +123,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: AttnResConfig, *args, **kwargs):
         config.validate_architecture()
-        # Out of a folder, Transformers imports the config's file twice: by itself, and for this one. The generic heads
-        # ask `AutoModel` by the config's class.
-        AutoModel.register(type(config), AttnResModel, exist_ok=True)
+        if not isinstance(config, AttnResConfig):
+            # Out of a folder, Transformers imports the config's file twice: by itself, and for this one. The generic
+            # heads ask `AutoModel` by the config's class.
+            AutoModel.register(type(config), AttnResModel, exist_ok=True)
         super().__init__(config, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: int):
@@ -249,17 +254,18 @@ class AttnResModel(AttnResPreTrainedModel):
         embedding = self.depth_input(inputs_embeds)
         # Beside the embedding, where the bank lies, also if a device map has put the module elsewhere.
         queries, norm_floor = (tensor.to(embedding.device) for tensor in self.depth_attention(embedding))
+        bank = None
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
-        reuse = block_summaries is not None and not torch.compiler.is_compiling()
-        bank = block_summaries if reuse else BlockSummaries()
+        if not torch.compiler.is_compiling():
+            bank = _GENERATION_BANKS.get(cache) if block_summaries is None and cache is not None else block_summaries
         depth = open_stream(
             self.depth_form,
             embedding,
             queries[: 2 * len(layers) + 1],
             norm_floor,
-            bank,
+            BlockSummaries() if bank is None else bank,
             self.config.sublayers_per_block,
-            undivided=not any(self._is_run_apart(layer) for layer in layers),
+            undivided=not any(is_run_apart(layer, self.training) for layer in layers),
         )
         state = depth.start(embedding)
         wanted = self._wanted_hidden_states(kwargs)
@@ -277,10 +283,6 @@ class AttnResModel(AttnResPreTrainedModel):
             block_summaries=depth.stacked_sources(state) if output_block_summaries else None,
             **{CACHE: cache},
         )
-
-    def _is_run_apart(self, layer: AttnResDecoderLayer) -> bool:
-        """Whether a layer is recomputed in backward, or a hook hands it copies of its inputs on another device."""
-        return (self.training and layer.gradient_checkpointing) or "_hf_hook" in vars(layer)
 
     def _wanted_hidden_states(self, kwargs: dict) -> set[int]:
         """Indices of the hidden states that `output_hidden_states` asks for: none, all, or those it names."""
@@ -382,8 +384,10 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        # One bank for the whole `generate`: every decode step reuses its allocation.
-        model_kwargs.setdefault("block_summaries", BlockSummaries())
+        # One bank for the whole `generate`: every decode step reuses its allocation. By the cache that all of them have,
+        # and not as one more argument: whoever records a step's arguments (exporters) knows tensors and caches alone.
+        if isinstance(model_kwargs.get(CACHE), Cache):
+            _GENERATION_BANKS[model_kwargs[CACHE]] = BlockSummaries()
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
         # The bank is this model's own: an assistant knows no such argument, or makes one itself.
@@ -421,8 +425,10 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
 
 
 def _register(config_class: type[AttnResConfig]):
+    """Maps a config class that was made for a backbone to the models of the class that it was made of."""
     for auto_class, model_class in AUTO_CLASSES.items():
-        auto_class.register(config_class, model_class, exist_ok=True)
+        models = auto_class._model_mapping
+        models.register(config_class, models.get(config_class.attnres_config_class, model_class), exist_ok=True)
 
 
 on_config_class(_register)

@@ -36,6 +36,9 @@ def to_model_names(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor
 
     Returns:
         `state_dict` itself if it fits; else one under the model's names. What is unknown keeps its name.
+
+    Raises:
+        ValueError: if a tensor is there under two names.
     """
     own = model.state_dict().keys()
     if state_dict.keys() <= own:
@@ -51,6 +54,8 @@ def to_model_names(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor
         if key in own or name not in own:
             result[key] = tensor
         elif pattern is None:
+            if name in state_dict:
+                raise ValueError(f"The state dict has `{key}` and `{name}`, two names of one tensor.")
             result[name] = tensor
         else:
             converter = merged.setdefault(name, copy.deepcopy(by_pattern[pattern]))
@@ -82,6 +87,6 @@ def rename_former_names(model: PreTrainedModel, state_dict: dict[str, torch.Tens
     for name in old:
         renamed = prefix + name.removeprefix(former)
         if renamed not in own or renamed in state_dict:
-            reason = "is there too" if renamed in state_dict else "is not a tensor of this model"
-            raise ValueError(f"The state dict has `{name}`, a name of earlier versions, but `{renamed}` {reason}.")
+            known = "two names of one tensor" if renamed in own else "of which this model knows neither"
+            raise ValueError(f"The state dict has `{name}`, today `{renamed}`: {known}.")
         state_dict[renamed] = state_dict.pop(name)

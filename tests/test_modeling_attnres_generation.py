@@ -5,7 +5,8 @@ import torch
 from tiny_backbones import BACKBONES, tiny_backbone, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from modeling_attnres import BlockSummaries, depth_decode_attnres
+from modeling_attnres import BlockSummaries, depth_decode_attnres, modeling_attnres
+from modeling_attnres.depth_variants_attnres import open_stream
 
 
 NEW_TOKENS = 8
@@ -233,12 +234,15 @@ def test_a_bank_serves_inference_mode_and_no_grad_in_turn():
     assert torch.equal(results[0], results[2])
 
 
-def test_generate_keeps_one_bank_for_all_its_steps():
+def test_generate_keeps_one_bank_for_all_its_steps(monkeypatch):
     model = tiny_model("llama", 2)
     banks = []
-    model.model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: banks.append(kwargs["block_summaries"]), with_kwargs=True
-    )
+
+    def spy(form, embedding, queries, norm_floor, bank, *args, **kwargs):
+        banks.append(bank)
+        return open_stream(form, embedding, queries, norm_floor, bank, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_attnres, "open_stream", spy)
     generate(model, tiny_inputs())
     assert len(banks) == NEW_TOKENS
     assert len(set(map(id, banks))) == 1
