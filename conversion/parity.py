@@ -20,14 +20,14 @@ import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_attnres import AttnResConfig
 
@@ -217,7 +217,7 @@ def compare_sources(source: Source, result: Source, config: AttnResConfig, cast_
         ParityError: naming the first difference.
     """
     if result.attnres is not None:
-        for name in conventions(config):
+        for name in conventions():
             due, found = getattr(config, name), getattr(result.attnres, name)
             if due != found:
                 raise ParityError(f"The result reads back with {name}={found!r} where {due!r} is due.")
@@ -239,9 +239,10 @@ def compare_sources(source: Source, result: Source, config: AttnResConfig, cast_
             raise ParityError(f"'{name}' of the result is not the source's.")
 
 
-def conventions(config: AttnResConfig) -> list[str]:
+def conventions() -> list[str]:
     """Names of the fields that say how an AttnRes model mixes its sources."""
-    return [name for name in type(config).__annotations__ if name != "text_config"]
+    common = {field.name for field in fields(PreTrainedConfig)}
+    return [field.name for field in fields(AttnResConfig) if field.name not in common]
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -19,9 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
+from modeling_attnres.modeling_attnres import auto_map
 
 from .checkpoint import ConversionError, PickledTensor, StoredTensor
 from .dialects import DIALECTS, dialect_config, dialect_depth_tensors, to_dialect_names
@@ -162,13 +164,15 @@ def write_config(
     if dtype is not None:
         config.text_config.dtype = source.text_config.dtype = dtype
     if to == PRENORM:
-        source.text_config.save_pretrained(result)
+        plain = source.text_config
+        # An AttnRes config names the AttnRes model there.
+        plain.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(plain)].__name__]
+        plain.save_pretrained(result)
     elif to in DIALECTS:
         fields = dialect_config(source, DIALECTS[to])
         (result / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:
         config.architectures = [type(model).__name__]
         custom_object_save(model, result, config=config)
-        base_model = type(model.model)
-        config.auto_map["AutoModel"] = f"{base_model.__module__.rsplit('.', 1)[-1]}.{base_model.__name__}"
+        config.auto_map |= auto_map()
         config.save_pretrained(result)

@@ -124,8 +124,9 @@ class DecodeSum(DecodeMean):
 
     @staticmethod
     def weighted_sum(read: DecodeRead, weights: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-        excess = DecodeMean.weighted_sum(read, weights - read.live.uniform)
-        return torch.add(stream, excess, alpha=len(weights))
+        per_token = stream.to(weights.dtype).view(-1, 1, read.shape[-1])
+        excess = (weights - read.live.uniform).permute(1, 2, 0)
+        return torch.baddbmm(per_token, excess, read.live.per_token, alpha=len(weights)).view(read.shape)
 
     @classmethod
     def mix_weights(cls, read: DecodeRead, weights: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ NEW_TOKENS = 4
 def plain_model(model):
     """The library's model with the same weights."""
     plain = AutoModelForCausalLM.from_config(model.config.text_config).eval()
-    weights = {name: tensor for name, tensor in model.state_dict().items()}
+    weights = model.state_dict()
     missing, unexpected = plain.load_state_dict(weights, strict=False)
     assert not missing
     assert all("depth_attention" in name for name in unexpected)

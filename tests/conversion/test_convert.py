@@ -135,11 +135,11 @@ def test_code_of_the_source_is_not_carried_along(tmp_path, llama):
     edit_json(llama / "config.json", auto_map={"AutoModelForCausalLM": "modeling_other.Other"})
     assert convert(llama, tmp_path / "out").max_logit_difference == 0.0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "auto_map" not in config["text_config"]
+    heads = ("CausalLM", "QuestionAnswering", "SequenceClassification", "TokenClassification")
     assert config["auto_map"] == {
         "AutoConfig": "configuration_attnres.AttnResConfig",
         "AutoModel": "modeling_attnres.AttnResModel",
-        "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
+        **{f"AutoModelFor{head}": f"modeling_attnres.AttnResFor{head}" for head in heads},
     }
     assert config["architectures"] == ["AttnResForCausalLM"]
 

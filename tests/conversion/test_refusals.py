@@ -119,12 +119,17 @@ def test_quantised_sources_are_refused_and_no_option_gets_past(tmp_path, llama, 
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
-def test_quantised_attnres_sources_are_refused_by_the_backbones_config(tmp_path, llama):
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested, as in earlier versions"])
+def test_quantised_attnres_sources_are_refused_by_the_backbones_config(tmp_path, llama, nested):
     convert(llama, tmp_path / "attnres", check=False)
     config = json.loads((tmp_path / "attnres" / "config.json").read_text())
-    config["text_config"]["quantization_config"] = {"quant_method": "fp8"}
+    if nested:
+        backbone = {**config, "model_type": config.pop("backbone_type")}
+        config = {"model_type": "attnres", "sublayers_per_block": 1, "depth_weights": "sum", "text_config": backbone}
+    (config["text_config"] if nested else config)["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "attnres" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConversionError, match=r"\(fp8, by `text_config.quantization_config` of its config\)"):
+    where = r"text_config\.quantization_config" if nested else "quantization_config"
+    with pytest.raises(ConversionError, match=rf"\(fp8, by `{where}` of its config\)"):
         convert(tmp_path / "attnres", tmp_path / "out")
 
 
