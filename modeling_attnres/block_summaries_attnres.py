@@ -109,7 +109,15 @@ def own_copy(row: torch.Tensor) -> torch.Tensor:
 
 def norm_with_floor(values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
     """`sqrt(sum(v^2) + D * eps)` over the last dimension, which is kept: the RMSNorm denominator times `sqrt(D)`."""
-    return torch.hypot(torch.linalg.vector_norm(values, dim=-1, keepdim=True), norm_floor)
+    return hypotenuse(torch.linalg.vector_norm(values, dim=-1, keepdim=True), norm_floor)
+
+
+def hypotenuse(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`sqrt(a^2 + b^2)`; in exported programs by functions that other runtimes (ONNX) have."""
+    if not torch.compiler.is_exporting():
+        return torch.hypot(a, b, out=out)
+    result = torch.sqrt(a.square() + b.square())
+    return result if out is None else out.copy_(result)
 
 
 class _LinkSource(torch.autograd.Function):
@@ -326,7 +334,7 @@ class BlockSummaries:
         stored, norms = self.sources[slot], self.norms[slot]
         stored.copy_(source.detach())
         values = stored.to(norms.dtype)  # fp32 of one source at a time, never of the bank
-        torch.hypot(torch.linalg.vector_norm(values, dim=-1), norm_floor, out=norms)
+        hypotenuse(torch.linalg.vector_norm(values, dim=-1), norm_floor, out=norms)
         dots = torch.mm(queries.detach()[first_reader:], values.flatten(0, 1).T)
         torch.div(dots.view(-1, *norms.shape), norms, out=self.scores[slot, first_reader:])
         self.length += 1

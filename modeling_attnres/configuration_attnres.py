@@ -136,7 +136,7 @@ class AttnResConfig(PreTrainedConfig):
 
     def __new__(cls, *args, text_config: Any = None, backbone_type: str | None = None, **kwargs):
         if cls.backbone_config_class is None:
-            cls = config_class_for(cls, backbone_of(text_config, backbone_type, kwargs.get("model_type")))
+            cls = config_class_for(cls, backbone_of(text_config, backbone_type or kwargs.get("model_type")))
         return blank_config(cls)
 
     def __init__(self, **kwargs):
@@ -144,12 +144,12 @@ class AttnResConfig(PreTrainedConfig):
             kwargs.pop(name, None)
         text_config = kwargs.pop("text_config", None)
         values = backbone_fields(text_config, kwargs)
-        architectures = getattr(text_config, "architectures", None)
+        plain = text_config if isinstance(text_config, dict) else getattr(text_config, "__dict__", {})
         for field in fields(self):
             default = field.default_factory() if field.default is MISSING else field.default
             setattr(self, field.name, values.pop(field.name, default))
         # A file has one such field, and it names this model; the backbone's own is kept for `text_config` alone.
-        vars(self)["architectures"] = architectures
+        vars(self)["architectures"] = plain.get("architectures")
         self.__post_init__(**values)
 
     def __init_subclass__(cls, **kwargs):
@@ -193,7 +193,7 @@ class AttnResConfig(PreTrainedConfig):
 
     def __iter__(self) -> Iterator[str]:
         yield from super().__iter__()
-        yield from self._own
+        yield from (name for name in self._own if name not in vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers: the fields of the backbone, `backbone_type`, and this config's own."""

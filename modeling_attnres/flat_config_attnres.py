@@ -122,12 +122,12 @@ def blank_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
     return config
 
 
-def backbone_of(text_config: Any, backbone_type: str | None, model_type: str | None) -> type[PreTrainedConfig]:
+def backbone_of(text_config: Any, backbone_type: str | None) -> type[PreTrainedConfig]:
     """The backbone's config class, as an AttnRes config's arguments name it.
 
     Args:
         text_config: a config, or its fields with their `model_type`.
-        backbone_type, model_type: of a flat config; a `model_type` that is not AttnRes' own is a plain config's.
+        backbone_type: of a flat config; if it has none, its `model_type`, which is a plain config's or AttnRes' own.
 
     Raises:
         ValueError: if they name none.
@@ -144,9 +144,7 @@ def backbone_of(text_config: Any, backbone_type: str | None, model_type: str | N
     elif text_config is not None:
         raise ValueError(f"`text_config` must be a config object or a dict, got {type(text_config).__name__}.")
     elif backbone_type is None:
-        if model_type is None:
-            return LlamaConfig
-        backbone_type = model_type
+        return LlamaConfig
     if backbone_type == "attnres":
         raise ValueError(
             "`text_config` must describe the PreNorm backbone, got an AttnRes config; a flat one names it in "

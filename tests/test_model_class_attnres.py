@@ -98,6 +98,10 @@ class Custom(AttnResForCausalLM):
         self.scale = scale
 
 
+class CustomBase(AttnResModel):
+    """A user's base model."""
+
+
 def by_torch(model):
     file = io.BytesIO()
     torch.save(model, file)
@@ -106,7 +110,9 @@ def by_torch(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_torch, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("model_class", [AttnResForCausalLM, AttnResModel, AttnResForSequenceClassification, Custom])
+@pytest.mark.parametrize(
+    "model_class", [AttnResForCausalLM, AttnResModel, AttnResForSequenceClassification, Custom, CustomBase]
+)
 def test_models_are_copied_and_pickled(model_class, copied):
     model = tiny_model("qwen3_moe", 3, model_class=model_class)
     other = copied(model)
@@ -124,6 +130,14 @@ def test_a_users_subclass_keeps_its_name_and_constructor(tmp_path):
     assert AttnResConfig.from_pretrained(tmp_path).architectures == ["Custom"]
     loaded = Custom.from_pretrained(tmp_path)
     assert torch.equal(loaded(tiny_inputs()).logits, model.eval()(tiny_inputs()).logits)
+
+
+def test_a_users_base_model_is_saved_under_its_own_name(tmp_path):
+    tiny_model("llama", model_class=CustomBase).save_pretrained(tmp_path)
+    config = AttnResConfig.from_pretrained(tmp_path)
+    assert config.architectures == ["CustomBase"]
+    assert config.auto_map["AutoModel"] == "test_model_class_attnres.CustomBase"
+    assert isinstance(CustomBase.from_pretrained(tmp_path), CustomBase)
 
 
 def test_a_plain_config_is_refused():

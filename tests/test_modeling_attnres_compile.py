@@ -89,3 +89,21 @@ def test_export_with_a_free_number_of_tokens(sublayers_per_block, depth_weights)
             input_ids = tiny_inputs(tokens=tokens)
             logits = program.module()(input_ids=input_ids, use_cache=False).logits
             torch.testing.assert_close(logits, model(input_ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("sublayers_per_block", "depth_weights"), [(1, "mean"), (3, "sum")])
+def test_an_exported_program_has_no_function_that_onnx_lacks(sublayers_per_block, depth_weights):
+    model = tiny_model("llama", sublayers_per_block, depth_weights)
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": tiny_inputs(), "use_cache": False}, strict=False)
+    assert not [node.target for node in program.graph.nodes if "hypot" in str(node.target)]
+
+
+@pytest.mark.parametrize("sublayers_per_block", [1, 3])
+def test_the_librarys_own_export_for_generation(sublayers_per_block):
+    exporters = pytest.importorskip("transformers.exporters", reason="this Transformers has no exporters")
+    dynamo = pytest.importorskip("transformers.exporters.exporter_dynamo")
+    model = tiny_model("llama", sublayers_per_block)
+    inputs = {"input_ids": tiny_inputs(), "attention_mask": torch.ones_like(tiny_inputs())}
+    found = exporters.DynamoExporter().export_for_generation(model, inputs, config=dynamo.DynamoConfig())
+    assert list(found.components) == ["prefill", "decode"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from fresh_process import LOADER, run_python
 from hub_server import TOKEN, HubServer
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.utils import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_backbones import BACKBONES, NUM_LAYERS, tiny_backbone, tiny_config, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -337,3 +337,37 @@ def test_peft_is_optional(monkeypatch):
     module.register_peft_targets()
     with pytest.raises(ImportError, match=r"needs PEFT: pip install .modeling-attnres\[train\]"):
         module.attnres_lora_config()
+
+
+# --- Adapters of earlier versions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_an_adapter_of_an_earlier_version_loads(kind, tmp_path):
+    """Names of tensors had one level more while the backbone was a module of its own."""
+    config = attnres_lora_config(init_lora_weights=False) if kind == "lora" else IA3Config(task_type="CAUSAL_LM")
+    adapted = get_peft_model(tiny_model("llama", 3), config).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.3)
+    expected = adapted(input_ids=tiny_inputs()).logits
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {
+        name.replace("model.model.layers", "model.model.backbone.layers"): tensor
+        for name, tensor in load_file(file).items()
+    }
+    assert any("backbone" in name for name in tensors)
+    save_file(tensors, file)
+    loaded = PeftModel.from_pretrained(tiny_model("llama", 3), tmp_path).eval()
+    assert torch.equal(loaded(input_ids=tiny_inputs()).logits, expected)
+
+
+def test_an_adapter_of_an_earlier_version_that_does_not_fit_is_told(tmp_path):
+    adapted = get_peft_model(tiny_model("llama", 3), IA3Config(task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace("layers.0", "backbone.layers.9"): value for name, value in load_file(file).items()}, file)
+    with pytest.raises((ValueError, RuntimeError, KeyError)):
+        adapted.load_adapter(tmp_path, "again")
