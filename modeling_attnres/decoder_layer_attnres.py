@@ -115,6 +115,23 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         return output[0] if isinstance(output, tuple) else output
 
 
+class AttnResDecoderLayers(nn.ModuleList):
+    """The decoder layers of a model, none of which can be taken away: depth attention reads them all.
+
+    A server that splits a model by its list of layers puts empty modules in the place of those that other ranks have, and
+    would go on to answer with what is left.
+    """
+
+    def __setitem__(self, index: int, module: nn.Module):
+        if not any(isinstance(part, AttnResDecoderLayer) for part in module.modules()):
+            raise ValueError(
+                f"Decoder layer {index} must stay a layer of depth attention, which reads all layers before it, got "
+                f"{type(module).__name__}; for pipeline parallelism use `modeling_attnres.parallel`, in a server tensor "
+                "parallelism."
+            )
+        super().__setitem__(index, module)
+
+
 def is_recomputed(layer: nn.Module, training: bool) -> bool:
     """Whether a decoder layer may run again in backward: by the library's own checkpointing, or by what it lies in."""
     if not isinstance(layer, AttnResDecoderLayer):  # in a wrapper, such as torch's for activation checkpointing

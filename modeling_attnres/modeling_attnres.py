@@ -59,7 +59,13 @@ from .backbone_attnres import check_backbone, check_language_model_head
 from .block_summaries_attnres import BlockSummaries
 from .compat_attnres import CACHE, given_cache, is_for_attention_alone, slice_logits_to_keep
 from .configuration_attnres import AttnResConfig
-from .decoder_layer_attnres import AttnResDecoderLayer, backbone_inputs, is_run_apart, run_decoder_layers
+from .decoder_layer_attnres import (
+    AttnResDecoderLayer,
+    AttnResDecoderLayers,
+    backbone_inputs,
+    is_run_apart,
+    run_decoder_layers,
+)
 from .depth_attention_attnres import DepthAttention
 from .depth_variants_attnres import build_depth_attention, open_stream
 from .flat_config_attnres import on_config_class
@@ -189,7 +195,7 @@ class AttnResModel(AttnResPreTrainedModel):
         plans = check_backbone(plain_shell(self))
         check_untested_version(config.text_config, build_twin)
         depth_attention, self.depth_form = build_depth_attention(config)
-        self.layers = nn.ModuleList(
+        self.layers = AttnResDecoderLayers(
             AttnResDecoderLayer(layer, plan, index, config.sublayers_per_block)
             for index, (layer, plan) in enumerate(zip(self.layers, plans, strict=True))
         )

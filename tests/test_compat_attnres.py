@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_backbones import tiny_inputs, tiny_model
+from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -61,3 +62,12 @@ def test_no_pipeline_plan_is_claimed():
     assert not model.supports_pp_plan
     assert not model.model.supports_pp_plan
     assert not model.pp_plan
+
+
+def test_no_layer_can_be_replaced_by_an_empty_one():
+    """As a server does that splits a model by its list of layers."""
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"Decoder layer 2 must stay .* got Identity; for pipeline parallelism use"):
+        model.model.layers[2] = nn.Identity()
+    model.model.layers[2] = nn.Sequential(model.model.layers[2])  # around a layer is another matter
+    model.model.layers[1] = tiny_model("llama").model.layers[1]
