@@ -43,7 +43,9 @@ def without_autocast(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapper(first, tensor, *args, **kwargs):
         device = tensor.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        # Compilers before torch 2.10 cannot read whether a device has autocast at all. What they compile for, has.
+        has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+        if not (has_autocast and torch.is_autocast_enabled(device)):
             return function(first, tensor, *args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(first, tensor, *args, **kwargs)
