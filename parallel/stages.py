@@ -105,14 +105,14 @@ class AttnResPipelineStage(PipelineStage):
                     f"{(output.shape, output.dtype)} to send. (Autocast is not supported.)"
                 )
 
-    def forward_one_chunk(self, fwd_chunk_id: int, args, kwargs=None, save_forward_output: bool = True):
+    def forward_one_chunk(self, fwd_chunk_id: int, args, *further, **kwargs):  # further ones differ between versions
         if self.is_first and tuple(args[0].shape) != self.micro_batch_shape:
             raise ValueError(
                 f"A micro-batch must have the shape {self.micro_batch_shape} that `pipeline_stages` was given as "
                 f"`micro_batch_shape`, got {tuple(args[0].shape)}."
             )
         self._micro_batch = fwd_chunk_id
-        output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+        output = super().forward_one_chunk(fwd_chunk_id, args, *further, **kwargs)
         if self.is_last_of_rank and not self.has_backward:
             self.cache.drop(fwd_chunk_id)
         return output
