@@ -1,5 +1,6 @@
 """Small models that a server can hold, prompts for them, and what `generate` answers."""
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -52,6 +53,19 @@ def generated(model, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> 
     return answers, margin
 
 
+class CloseTokensError(ValueError):
+    """Rounding could choose another token in one of the answers."""
+
+
+def answered_model(*arguments, rounds: list[list[list[int]]], **overrides):
+    """The first of ten random models (see `served_model`) in whose answers no token hangs on rounding; its answers."""
+    for seed in range(10):
+        model = served_model(*arguments, seed=seed, **overrides)
+        with contextlib.suppress(CloseTokensError):
+            return model, expected_answers(model, rounds)
+    raise CloseTokensError(f"each of ten models of {arguments} has tokens closer than {SMALLEST_MARGIN}")
+
+
 def expected_answers(model, rounds: list[list[list[int]]], new_tokens: int = NEW_TOKENS) -> list[list[list[int]]]:
     """What `generate` answers to each round. Raises where a token was so close to another that rounding may choose."""
     known: dict[tuple[int, ...], list[int]] = {}
@@ -61,7 +75,7 @@ def expected_answers(model, rounds: list[list[list[int]]], new_tokens: int = NEW
             (known[tuple(prompt)],), margin = generated(model, [prompt], new_tokens)
             smallest = min(smallest, margin)
     if smallest < SMALLEST_MARGIN:
-        raise ValueError(f"two tokens are {smallest:.1e} apart in one of the answers: choose other weights")
+        raise CloseTokensError(f"two tokens are {smallest:.1e} apart in one of the answers: choose other weights")
     return [[known[tuple(prompt)] for prompt in prompts] for prompts in rounds]
 
 

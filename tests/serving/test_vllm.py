@@ -11,7 +11,7 @@ import statistics
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from served_models import expected_answers, prompts_in_two_rounds, save, served_model
+from served_models import answered_model, expected_answers, generated, prompts_in_two_rounds, save, served_model
 from tiny_backbones import VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_processes import serve, serve_in_turn
@@ -52,11 +52,11 @@ def test_served_tokens_equal_those_of_generate(model_type, tmp_path):
     jobs, expected = [], []
     for sublayers_per_block in (1, 3, 4):
         for depth_weights in FORMS:
-            model = served_model(model_type, sublayers_per_block, depth_weights)
+            model, answers = answered_model(model_type, sublayers_per_block, depth_weights, rounds=ROUNDS)
             jobs.append(job(save(model, tmp_path / f"{sublayers_per_block}-{depth_weights}")))
-            expected.append(expected_answers(model, ROUNDS))
+            expected.append(answers)
             model.model.depth_attention.query.data.zero_()
-            assert expected_answers(model, [ROUNDS[0][-1:]])[0] != expected[-1][0][-1:]  # the queries count
+            assert generated(model, ROUNDS[0])[0] != answers[0]  # the queries count
     answers, _ = serve(tmp_path, jobs, seconds=400)
     assert count_equal(answers, expected) == 6 * sum(map(len, ROUNDS))
     for answer in answers:
@@ -66,9 +66,8 @@ def test_served_tokens_equal_those_of_generate(model_type, tmp_path):
 
 def some_models(folder, **overrides) -> tuple[list, list]:
     """The models of `SOME`, their folders, and what `generate` answers."""
-    models = [served_model(*arguments, **overrides) for arguments in SOME]
-    folders = [save(model, folder / model.config.text_config.model_type) for model in models]
-    return folders, [expected_answers(model, ROUNDS) for model in models]
+    models, answers = zip(*(answered_model(*arguments, rounds=ROUNDS, **overrides) for arguments in SOME))
+    return [save(model, folder / model.config.text_config.model_type) for model in models], list(answers)
 
 
 def test_compiled(tmp_path):
