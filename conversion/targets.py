@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
@@ -164,10 +163,7 @@ def write_config(
     if dtype is not None:
         config.text_config.dtype = source.text_config.dtype = dtype
     if to == PRENORM:
-        plain = source.text_config
-        # An AttnRes config names the AttnRes model there.
-        plain.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(plain)].__name__]
-        plain.save_pretrained(result)
+        source.text_config.save_pretrained(result)
     elif to in DIALECTS:
         fields = dialect_config(source, DIALECTS[to])
         (result / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -33,6 +33,7 @@ from .flat_config_attnres import (
     blank_config,
     config_class_for,
     keep_own_fields_apart,
+    plain_architectures,
     public_names,
 )
 
@@ -148,8 +149,10 @@ class AttnResConfig(PreTrainedConfig):
         for field in fields(self):
             default = field.default_factory() if field.default is MISSING else field.default
             setattr(self, field.name, values.pop(field.name, default))
-        # A file has one such field, and it names this model; the backbone's own is kept for `text_config` alone.
-        vars(self)["architectures"] = plain.get("architectures")
+        # A file has one such field, and it names this model. `text_config` has its own.
+        vars(self)["architectures"] = plain.get("architectures") or plain_architectures(
+            self.architectures, self.backbone_config_class
+        )
         self.__post_init__(**values)
 
     def __init_subclass__(cls, **kwargs):

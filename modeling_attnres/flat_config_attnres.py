@@ -23,9 +23,11 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 
 # Both are about the file and the model that it goes with, not about the backbone.
@@ -190,6 +192,15 @@ def public_names(fields: dict[str, Any], backbone_class: type[PreTrainedConfig])
     return fields
 
 
+def plain_architectures(architectures: list[str] | None, backbone_class: type[PreTrainedConfig]) -> list[str] | None:
+    """The library's models of a backbone in the place of AttnRes models' names, if it has them."""
+    base = MODEL_MAPPING_NAMES.get(backbone_class.model_type)
+    if not isinstance(base, str) or not architectures:
+        return None
+    names = [base.removesuffix("Model") + name.removeprefix("AttnRes") for name in architectures]
+    return names if all(hasattr(transformers, name) for name in names) else None
+
+
 def made_suffix(backbone_class: type[PreTrainedConfig]) -> str:
     """What the name of a model class that was made for a backbone has after the name of the class it was made of."""
     return f"_{backbone_class.__name__.removesuffix('Config')}"
@@ -204,5 +215,6 @@ __all__ = [
     "keep_own_fields_apart",
     "made_suffix",
     "on_config_class",
+    "plain_architectures",
     "public_names",
 ]

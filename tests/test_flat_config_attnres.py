@@ -149,6 +149,7 @@ def test_saved_names_of_classes_are_those_that_modules_have():
     assert config.architectures == ["AttnResModel_Qwen3Moe"]
     assert config.to_dict()["architectures"] == ["AttnResModel"]
     assert config.text_config.architectures is None
+    assert AttnResConfig.from_dict(config.to_dict()).text_config.architectures == ["Qwen3MoeModel"]
 
 
 def test_a_flat_file_without_its_backbone_is_refused():

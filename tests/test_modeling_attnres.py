@@ -1,6 +1,8 @@
 """The model's numbers: against the paper's pseudocode, against the dense model, and what it returns on request."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,3 +409,17 @@ def test_auto_classes_build_the_attnres_models():
     config = tiny_config()
     assert isinstance(AutoModel.from_config(config), AttnResModel)
     assert isinstance(AutoModelForCausalLM.from_config(config), AttnResForCausalLM)
+
+
+# --- Numbers of earlier versions -------------------------------------------------------------------------------------
+
+EARLIER = json.loads((Path(__file__).parent / "earlier_logits.json").read_text())
+
+
+@pytest.mark.parametrize("case", EARLIER)
+def test_logits_are_those_of_earlier_versions(case):
+    """Written while the backbone was a module of its own."""
+    model_type, depth_weights, sublayers_per_block = case.split("-")
+    model = tiny_model(model_type, int(sublayers_per_block), depth_weights)
+    found = model(tiny_inputs()).logits[:, ::5, ::32].flatten()
+    torch.testing.assert_close(found, torch.tensor(EARLIER[case]), rtol=1e-4, atol=1e-5)  # fp32, other machines

@@ -135,6 +135,7 @@ def test_code_of_the_source_is_not_carried_along(tmp_path, llama):
     edit_json(llama / "config.json", auto_map={"AutoModelForCausalLM": "modeling_other.Other"})
     assert convert(llama, tmp_path / "out").max_logit_difference == 0.0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "modeling_other" not in json.dumps(config)
     heads = ("CausalLM", "QuestionAnswering", "SequenceClassification", "TokenClassification")
     assert config["auto_map"] == {
         "AutoConfig": "configuration_attnres.AttnResConfig",
