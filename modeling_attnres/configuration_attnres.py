@@ -137,7 +137,9 @@ class AttnResConfig(PreTrainedConfig):
 
     def __new__(cls, *args, text_config: Any = None, backbone_type: str | None = None, **kwargs):
         if cls.backbone_config_class is None:
-            cls = config_class_for(cls, backbone_of(text_config, backbone_type or kwargs.get("model_type")))
+            cls = config_class_for(
+                cls, backbone_of(text_config, backbone_type or kwargs.get("model_type"), cls.model_type)
+            )
         return blank_config(cls)
 
     def __init__(self, **kwargs):

@@ -155,7 +155,7 @@ def is_run_apart(layer: nn.Module, training: bool) -> bool:
 
 def _is_foreign(hook: Any) -> bool:
     """Whether a hook is not one by which torch gathers and frees sharded weights: those leave the depth state alone."""
-    return not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
+    return not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp.")
 
 
 def _as_wide_as(stream: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

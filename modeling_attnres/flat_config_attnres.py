@@ -124,12 +124,13 @@ def blank_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
     return config
 
 
-def backbone_of(text_config: Any, backbone_type: str | None) -> type[PreTrainedConfig]:
+def backbone_of(text_config: Any, backbone_type: str | None, own_type: str) -> type[PreTrainedConfig]:
     """The backbone's config class, as an AttnRes config's arguments name it.
 
     Args:
         text_config: a config, or its fields with their `model_type`.
         backbone_type: of a flat config; if it has none, its `model_type`, which is a plain config's or AttnRes' own.
+        own_type: the `model_type` of AttnRes configs.
 
     Raises:
         ValueError: if they name none.
@@ -147,16 +148,17 @@ def backbone_of(text_config: Any, backbone_type: str | None) -> type[PreTrainedC
         raise ValueError(f"`text_config` must be a config object or a dict, got {type(text_config).__name__}.")
     elif backbone_type is None:
         return LlamaConfig
-    if backbone_type == "attnres":
+    config_class = type(text_config) if isinstance(text_config, PreTrainedConfig) else None
+    if config_class is None and backbone_type in CONFIG_MAPPING:
+        config_class = CONFIG_MAPPING[backbone_type]
+    if backbone_type == own_type or hasattr(config_class, "backbone_config_class"):
         raise ValueError(
             "`text_config` must describe the PreNorm backbone, got an AttnRes config; a flat one names it in "
             "`backbone_type`."
         )
-    if isinstance(text_config, PreTrainedConfig):
-        return type(text_config)
-    if backbone_type not in CONFIG_MAPPING:
+    if config_class is None:
         raise ValueError(f"`backbone_type` must be a model type that Transformers knows, got {backbone_type!r}.")
-    return CONFIG_MAPPING[backbone_type]
+    return config_class
 
 
 def backbone_fields(text_config: PreTrainedConfig | dict | None, given: dict[str, Any]) -> dict[str, Any]:

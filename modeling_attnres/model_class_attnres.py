@@ -25,6 +25,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 
 from .backbone_attnres import backbone_class
+from .configuration_attnres import AttnResConfig
 from .flat_config_attnres import made_suffix
 
 
@@ -40,7 +41,7 @@ _OF_A_HEAD = (
 FORMER_LEVEL = r"(?:^|(?<=^model\.))backbone\."
 
 # PEFT asks whether a model type has conversions before it looks for those of the model's parts.
-register_checkpoint_conversion_mapping("attnres", [], overwrite=True)
+register_checkpoint_conversion_mapping(AttnResConfig.model_type, [], overwrite=True)
 
 
 class _FormerName(WeightRenaming):

@@ -136,16 +136,19 @@ class ShardedLayer(TensorParallelLayer):
 
     def install_forward(self, module, mesh):
         plan, num_tokens = module.plan, None
+        original_forward = module.forward
 
-        def begin(layer, args, kwargs):
+        # Not a hook: others' hooks on a layer keep its depth state in tensors, and S = 1 from its faster path.
+        def forward(*args, **kwargs):
             nonlocal num_tokens
             num_tokens = kwargs["position_ids"].shape[-1]
-            if layer.training and layer.gradient_checkpointing and num_tokens % mesh.size():
+            if module.training and module.gradient_checkpointing and num_tokens % mesh.size():
                 # Recomputed in backward, a layer knows the length of its shard only.
                 raise ValueError(
                     "Under gradient checkpointing, sequence sharding wants a multiple of the "
                     f"{mesh.size()} ranks as the number of tokens, got {num_tokens}."
                 )
+            return original_forward(*args, **kwargs)
 
         def gather(norm, args, output):
             recomputes = module.training and module.gradient_checkpointing
@@ -157,7 +160,7 @@ class ShardedLayer(TensorParallelLayer):
             return (first, *rest) if isinstance(output, tuple) else first
 
         # Hooks, because the plan's own styles on these modules replace `forward` and must lie within.
-        module.register_forward_pre_hook(begin, with_kwargs=True)
+        module.forward = forward
         for norm, sublayer in ((plan.mixer_norm, plan.mixer), (plan.feed_forward_norm, plan.feed_forward)):
             getattr(module, norm).register_forward_hook(gather)
             getattr(module, sublayer).register_forward_hook(scatter)
