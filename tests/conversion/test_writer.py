@@ -57,9 +57,11 @@ def names(folder: Path) -> set[str]:
 
 
 def test_interrupted_by_the_user(tmp_path, sharded_llama, monkeypatch, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with monkeypatch.context() as patch:
         interrupted_copy(patch, lambda: signal.raise_signal(signal.SIGINT))
         assert main([str(sharded_llama), str(tmp_path / "out")]) == 130
+    signal.signal(signal.SIGINT, before)
     assert "interrupted; nothing was written" in capsys.readouterr().err
     assert names(tmp_path) == {"sharded"}
     convert(sharded_llama, tmp_path / "out")
