@@ -74,18 +74,18 @@ class AttnResConfig(PreTrainedConfig):
     Configuration of an AttnRes model: the fields of its backbone's config, and how its residual stream attends over
     depth.
 
-    An instance belongs to a subclass of the backbone's own config class as well (`isinstance(config, Qwen3Config)`), made
-    when it is first asked for: fields, aliases, checks and parallel plans are the library's. `config.text_config` shows
-    the same fields as a config of the backbone alone. What is written through either is read through both.
+    An instance belongs to a subclass of the backbone's own config class as well (`isinstance(config, Qwen3Config)`),
+    made when it is first asked for: fields, aliases, checks and parallel plans are the library's. `config.text_config`
+    shows the same fields as a config of the backbone alone. What is written through either is read through both.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlamaConfig()`):
-            Configuration of the PreNorm decoder whose residual adds become depth attention; copied. A `dict` must carry
-            its `model_type`. Fields given beside it (`vocab_size=...`) take the place of its own.
+            Configuration of the PreNorm decoder whose residual adds become depth attention; copied. A `dict` must
+            carry its `model_type`. Fields given beside it (`vocab_size=...`) take the place of its own.
         sublayers_per_block (`int`, *optional*):
             S, the sublayers whose outputs are summed into one block, from 1 (Full AttnRes) to L. Need not divide L:
             the last block takes what remains. Give this or `num_blocks`; without either, `num_blocks=8` (capped at L).
-            A config whose `num_hidden_layers` is lowered afterwards, to less than S has, is one block over all of them.
+            A config whose `num_hidden_layers` is lowered afterwards, to less than S, is one block over all of them.
         num_blocks (`int`, *optional*):
             N, as constructor sugar for `sublayers_per_block=ceil(L / N)`; not stored. Reading `config.num_blocks`
             gives the number of blocks that S results in.
@@ -191,7 +191,7 @@ class AttnResConfig(PreTrainedConfig):
         self._validate_depth_attention()
 
     def __reduce_ex__(self, protocol: int):
-        # No module holds the class under its name: it is made again. The own fields are in a slot, which takes protocol 2.
+        # No module holds the class under its name: it is made again. The own fields' slot takes protocol 2.
         *_, (state, slots), _, _ = super().__reduce_ex__(max(protocol, 2))
         made_of = (self.attnres_config_class, self.backbone_config_class)
         return _blank_copy, made_of, (state, {**slots, "_own": dict(self._own)})

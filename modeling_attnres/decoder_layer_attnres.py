@@ -63,11 +63,11 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor | None, ...]:
         """
         Args:
-            tensors: the depth state as seen from outside (`form.outward`): under `"sum"` the residual stream comes first,
-                as in a plain decoder layer, under `"mean"` what was last written to. Without `reads`, the layer's two
-                folded queries `[2, D]` and `num_sources` sources `[B, T, D]` follow, so that gradient checkpointing
-                recomputes phase 1 with the layer. All that carries a gradient is positional: reentrant checkpointing
-                drops any other.
+            tensors: the depth state as seen from outside (`form.outward`): under `"sum"` the residual stream comes
+                first, as in a plain decoder layer, under `"mean"` what was last written to. Without `reads`, the
+                layer's two folded queries `[2, D]` and `num_sources` sources `[B, T, D]` follow, so that gradient
+                checkpointing recomputes phase 1 with the layer. All that carries a gradient is positional: reentrant
+                checkpointing drops any other.
             norm_floor: scalar from [`DepthAttention`].
             form: how mixes over depth are computed in this forward.
             reads: what phase 1 found for the token mixer and the feed-forward.
@@ -154,7 +154,7 @@ def is_run_apart(layer: nn.Module, training: bool) -> bool:
 
 
 def _is_foreign(hook: Any) -> bool:
-    """Whether a hook is not one by which torch gathers and frees sharded weights: those leave the depth state alone."""
+    """Whether a hook is not FSDP2's, which gathers and frees weights and leaves the depth state alone."""
     return not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp.")
 
 
