@@ -26,7 +26,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -73,9 +72,6 @@ from .model_class_attnres import FORMER_LEVEL, blank_model, model_class_for, pla
 from .peft_attnres import register_peft_targets
 from .state_dict_attnres import rename_former_names, to_model_names
 from .twin_attnres import check_untested_version
-
-
-_GENERATION_BANKS: WeakKeyDictionary[Cache, BlockSummaries] = WeakKeyDictionary()
 
 
 @dataclass
@@ -263,7 +259,7 @@ class AttnResModel(AttnResPreTrainedModel):
         bank = None
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
         if not torch.compiler.is_compiling():
-            bank = _GENERATION_BANKS.get(cache) if block_summaries is None and cache is not None else block_summaries
+            bank = getattr(cache, "block_summaries", None) if block_summaries is None else block_summaries
         depth = open_stream(
             self.depth_form,
             embedding,
@@ -390,10 +386,10 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        # One bank for the whole `generate`: every decode step reuses its allocation. By the cache that all of them have,
-        # and not as one more argument: whoever records a step's arguments (exporters) knows tensors and caches alone.
+        # One bank for the whole `generate`: every decode step reuses its allocation. It goes along with the cache, and not
+        # as one more argument: whoever records a step's arguments (exporters) knows tensors and caches alone.
         if isinstance(model_kwargs.get(CACHE), Cache):
-            _GENERATION_BANKS[model_kwargs[CACHE]] = BlockSummaries()
+            model_kwargs[CACHE].block_summaries = BlockSummaries()
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
         # The bank is this model's own: an assistant knows no such argument, or makes one itself.
