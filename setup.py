@@ -39,6 +39,7 @@ EXTRAS = {
 }
 EXTRAS["dev"] = sorted({requirement for requirements in EXTRAS.values() for requirement in requirements}) + [
     "build>=1.2",
+    "cloudpickle>=3",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "ruff>=0.17",

@@ -209,8 +209,8 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
         raise CheckpointError(
             f"{source.checkpoint.folder}: its tensors do not fit a '{source.text_config.model_type}' model ({error})."
         ) from error
-    missing = sorted(_plain(name) for name in info["missing_keys"])
-    unknown = sorted(_plain(name) for name in info["unexpected_keys"])
+    missing = sorted(info["missing_keys"])
+    unknown = sorted(info["unexpected_keys"])
     refuse_scales(source.checkpoint.folder, unknown, [name for name in source.tensors if name not in unknown])
     problems = []
     if missing:
@@ -218,7 +218,7 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
     if unknown:
         problems.append(f"unknown: {shorten(unknown)} (--drop-keys leaves out whole modules by name)")
     for name, found, due in sorted(info["mismatched_keys"])[:4]:
-        problems.append(f"shape of {_plain(name)}: {list(found)}, the config says {list(due)}")
+        problems.append(f"shape of {name}: {list(found)}, the config says {list(due)}")
     problems += list(info["error_msgs"])
     if problems:
         raise CheckpointError(f"{source.checkpoint.folder}: weights and config disagree. {'; '.join(problems)}.")
@@ -242,8 +242,3 @@ def build_on_meta(config: AttnResConfig, where: str) -> AttnResForCausalLM:
             f"{where}: not a valid '{config.text_config.model_type}' config, no model can be built from it "
             f"({type(error).__name__}: {first_line(error)})."
         ) from error
-
-
-def _plain(name: str) -> str:
-    """The name that a tensor has on disk (up to the library's own rearrangements)."""
-    return name.replace("model.backbone.", "model.", 1)

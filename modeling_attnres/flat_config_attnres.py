@@ -18,16 +18,15 @@ lie in a slot of the instance. Its `__dict__` holds the backbone's fields alone,
 """
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
-import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 
 # Both are about the file and the model that it goes with, not about the backbone.
@@ -196,11 +195,15 @@ def public_names(fields: dict[str, Any], backbone_class: type[PreTrainedConfig])
 
 def plain_architectures(architectures: list[str] | None, backbone_class: type[PreTrainedConfig]) -> list[str] | None:
     """The library's models of a backbone in the place of AttnRes models' names, if it has them."""
-    base = MODEL_MAPPING_NAMES.get(backbone_class.model_type)
+    # Not as globals of this file: servers send a config to their workers with all that its code refers to, and these
+    # tables lead to every model.
+    library = importlib.import_module("transformers")
+    tables = importlib.import_module("transformers.models.auto.modeling_auto")
+    base = tables.MODEL_MAPPING_NAMES.get(backbone_class.model_type)
     if not isinstance(base, str) or not architectures:
         return None
     names = [base.removesuffix("Model") + name.removeprefix("AttnRes") for name in architectures]
-    return names if all(hasattr(transformers, name) for name in names) else None
+    return names if all(hasattr(library, name) for name in names) else None
 
 
 def made_suffix(backbone_class: type[PreTrainedConfig]) -> str:
