@@ -62,7 +62,7 @@ setup(
         # The lower ends were run together: docs/versions.md says what works with them.
         "torch>=2.9,<3",
         "transformers>=5.19,<6",
-        "accelerate>=1.14,<2",
+        "accelerate>=1.15,<2",
         "safetensors>=0.8",
         "huggingface_hub>=1.31,<3",
         "pyyaml>=6",

@@ -122,7 +122,7 @@ def table(results: dict[str, dict]) -> str:
         "written under the newest version answer the same under the oldest, by their own code, and the reverse.",
         "",
         "The lowest versions of the other packages were run together, beside Transformers 5.19.0: torch 2.9.1, huggingface_hub",
-        "1.31.0, accelerate 1.14.0, peft 0.20.0. Models, generation, training, adapters and conversion pass their tests there.",
+        "1.31.0, accelerate 1.15.0, peft 0.20.0. Models, generation, training, adapters and conversion pass their tests there.",
         "`torch.compile(fullgraph=True)` and pipeline stages need torch 2.13: on 2.9 both end in an error of torch's.",
         "",
         "| Transformers | passed | failed | not applicable |",
