@@ -66,14 +66,14 @@ def check_untested_version(
     if installed_version() in TESTED_TRANSFORMERS or config_class in _tried:
         return
     _tried.add(config_class)  # before the twin, which is built by the code that called this
+    cause = None
     try:
         difference = _first_difference(text_config, build_twin)
     except Exception as error:
-        _tried.discard(config_class)
-        raise UnsupportedBackboneError(_refusal(text_config, f"the comparison ends in {error!r}")) from error
+        difference, cause = f"the comparison ends in {error!r}", error
     if difference is not None:
         _tried.discard(config_class)
-        raise UnsupportedBackboneError(_refusal(text_config, difference))
+        raise UnsupportedBackboneError(_refusal(text_config, difference)) from cause
 
 
 def _refusal(text_config: PreTrainedConfig, reason: str) -> str:
