@@ -16,25 +16,28 @@
 import argparse
 import sys
 
-from modeling_attnres import UnsupportedBackboneError
+from modeling_attnres.command_line import Result, ToolParser, positive_int, run_tool
 
 from .checkpoint import ConversionError
-from .convert_checkpoint import DTYPES, convert
+from .convert_checkpoint import convert
 from .dialects import DIALECT_NAMES, DIALECTS
+from .parity import ParityError
 from .report import ConversionReport
 from .targets import ATTNRES, PRENORM
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> ToolParser:
+    parser = ToolParser(
         prog="attnres-convert",
         description="Turn a pretrained PreNorm model into an Attention Residuals model that computes the same.",
     )
     parser.add_argument("source", help="checkpoint folder, .gguf file, or model id on the Hub")
     parser.add_argument("out", help="folder to create")
     blocks = parser.add_mutually_exclusive_group()
-    blocks.add_argument("--num-blocks", type=int, metavar="N", help="blocks of depth (default: 8)")
-    blocks.add_argument("--sublayers-per-block", type=int, metavar="S", help="sublayers per block; 1 is Full AttnRes")
+    blocks.add_argument("--num-blocks", type=positive_int, metavar="N", help="blocks of depth (default: 8)")
+    blocks.add_argument(
+        "--sublayers-per-block", type=positive_int, metavar="S", help="sublayers per block; 1 is Full AttnRes"
+    )
     parser.add_argument(
         "--depth-weights", choices=["sum", "mean"], help="'sum' (default) is lossless, 'mean' the paper's"
     )
@@ -50,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dialect", choices=DIALECT_NAMES, help="what SOURCE is written in (default: found out from config and names)"
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), help="cast the weights (default: as stored)")
+    parser.add_shared("--dtype", help="cast the weights (default: as stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder at OUT")
     parser.add_argument("--no-check", dest="check", action="store_false", help="skip the comparison of logits")
     parser.add_argument("--check-text", metavar="TEXT", help="also compare the logits on this text")
@@ -63,26 +66,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out source tensors of these names (repeatable); any other unknown tensor is an error",
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a SOURCE on the Hub")
+    parser.add_shared("--json", help="print the report as JSON, and nothing else")
     parser.set_defaults(to=ATTNRES)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = vars(build_parser().parse_args(argv))
-    arguments["drop_keys"] = tuple(arguments["drop_keys"])
+    """Entry point of `attnres-convert`; returns the exit code, see [`modeling_attnres.command_line`]."""
+    parser = build_parser()
+    return run_tool(parser.prog, run, parser.parse_args(argv), check_errors=(ParityError,))
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    options = ("num_blocks", "sublayers_per_block", "depth_weights", "dtype", "to", "dialect", "overwrite")
+    options += ("check", "check_text", "dry_run", "revision")
+    keywords = {name: getattr(arguments, name) for name in options}
     try:
-        report = convert(arguments.pop("source"), arguments.pop("out"), **arguments)
-    except (ConversionError, UnsupportedBackboneError) as error:
-        print(f"attnres-convert: error: {error}", file=sys.stderr)
-        return 1
+        report = convert(arguments.source, arguments.out, drop_keys=tuple(arguments.drop_keys), **keywords)
     except OSError as error:  # the file system's: a full disk, a file that may not be read
-        print(f"attnres-convert: error: {error}; nothing was written.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("attnres-convert: interrupted; nothing was written.", file=sys.stderr)
-        return 130
-    print(describe(report))
-    return 0
+        raise ConversionError(f"{error}; nothing was written.") from error
+    return Result(describe(report), report.to_dict())
 
 
 def describe(report: ConversionReport) -> str:

@@ -27,6 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
+from modeling_attnres.command_line import DTYPES
 
 from .checkpoint import ConversionError, open_checkpoint
 from .companions import REPORT, companion_bytes, copy_companions
@@ -40,9 +41,6 @@ from .source import Source, build_attnres_config, check_backbone_tensors, read_a
 from .targets import ATTNRES, PRENORM, TARGETS, check_target, plan_weights, write_config
 from .tokenizer import NONE, has_tokenizer, keep_tokenizer
 from .writer import OutputShard, check_output, check_space, put_in_place, workspace, write_shards
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def convert(

@@ -59,11 +59,11 @@ def results_section(comparison: Comparison, variant: Model) -> str:
     return f"{BEGIN}\n## Evaluation\n\n{markdown_report(comparison, [variant])}{END}\n"
 
 
-def update_card(path: Path, comparison: Comparison, variant: Model):
-    """Puts section and metadata into a model card, in place of those of an earlier call; the rest stays as it is.
+def updated_card(path: Path, comparison: Comparison, variant: Model) -> ModelCard:
+    """A model card with section and metadata, in place of those of an earlier call; the rest stays as it is.
 
     Args:
-        path: the card; made if there is none.
+        path: the card as it is; a new one if there is none.
 
     Raises:
         RunError: if the card has one of the section's marks without the other.
@@ -83,6 +83,4 @@ def update_card(path: Path, comparison: Comparison, variant: Model):
     ] + ours
     data.model_name = data.model_name or variant.name
     card.text = text
-    partial = path.with_name(f".{path.name}.partial")
-    card.save(partial)
-    partial.replace(path)
+    return card

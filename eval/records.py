@@ -31,6 +31,10 @@ class RunError(ValueError):
 
 BITS = "bits_per_byte"
 
+# What is read of lm-eval's files whatever the task.
+RESULT_FIELDS = {"results": dict, "configs": dict, "config": dict}
+SAMPLE_FIELDS = {"doc_hash": str, "filter": str, "metrics": list, "resps": list, "arguments": dict, "target": str}
+
 
 @dataclass(frozen=True)
 class Items:
@@ -105,10 +109,12 @@ class Run:
                 raise RunError(f"{self.folder}: no samples of task {task} ({path.name}); lm-eval needs --log_samples")
             try:
                 samples = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise RunError(f"{path} is not JSON lines: {error}") from error
             if not samples:
                 raise RunError(f"{path} is empty")
+            for number, sample in enumerate(samples, start=1):
+                _check_fields(f"{path}, line {number}", sample, SAMPLE_FIELDS)
             self._samples[task] = samples
         return self._samples[task]
 
@@ -206,13 +212,26 @@ def load_run(folder: Path) -> Run:
         hint = "name one of their folders" if found else "give the --output folder of `attnres-eval run`"
         raise RunError(f"{folder} holds {len(found)} runs of lm-eval (results_*.json), needs exactly one: {hint}")
     record = found[0].parent / provenance.FILE_NAME
-    return Run(folder, found[0], read_json(found[0]), read_json(record) if record.is_file() else {})
+    results, provenance_record = read_json(found[0]), read_json(record) if record.is_file() else {}
+    _check_fields(str(found[0]), results, RESULT_FIELDS)
+    _check_fields(str(record), provenance_record, {})
+    return Run(folder, found[0], results, provenance_record)
+
+
+def _check_fields(where: str, content: object, fields: dict[str, type]):
+    """Raises `RunError` unless `content` is an object with these fields, of these kinds."""
+    if not isinstance(content, dict):
+        raise RunError(f"{where} must be a JSON object, got {type(content).__name__}")
+    for name, kind in fields.items():
+        if not isinstance(content.get(name), kind):
+            found = type(content[name]).__name__ if name in content else "none"
+            raise RunError(f"{where} was not written by lm-eval: its {name} must be {kind.__name__}, got {found}")
 
 
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}") from error
 
 

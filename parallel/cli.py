@@ -14,10 +14,11 @@
 """`attnres-plan`: what block summaries cost a model at scale, before it runs."""
 
 import argparse
-import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
+from modeling_attnres.command_line import Result, ToolParser, positive_int, positive_number, run_tool
 from modeling_attnres.configuration import list_presets, load_preset
 
 from .layout import CACHING
@@ -34,45 +35,50 @@ from .plan import (
 KEPT = tuple(reversed(CACHING))  # from nothing to everything
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> ToolParser:
+    parser = ToolParser(
         prog="attnres-plan",
         description="Bytes between pipeline stages, memory of the block summaries, and the overhead they predict.",
     )
     model = parser.add_argument_group("the model: a preset, or its shape")
     model.add_argument("--preset", help="name of an AttnRes preset, such as kimi-linear-48b-a3b-block")
-    model.add_argument("--num-layers", type=int, help="decoder layers")
-    model.add_argument("--hidden-size", type=int, help="D")
+    model.add_argument("--num-layers", type=positive_int, help="decoder layers")
+    model.add_argument("--hidden-size", type=positive_int, help="D")
     blocks = model.add_mutually_exclusive_group()
-    blocks.add_argument("--sublayers-per-block", type=int, metavar="S", help="two sublayers per decoder layer")
-    blocks.add_argument("--num-blocks", type=int, metavar="N")
+    blocks.add_argument(
+        "--sublayers-per-block", type=positive_int, metavar="S", help="two sublayers per decoder layer"
+    )
+    blocks.add_argument("--num-blocks", type=positive_int, metavar="N")
     model.add_argument("--depth-weights", choices=["mean", "sum"], help="default: the preset's, or mean")
     run = parser.add_argument_group("the run")
-    run.add_argument("--tokens", type=int, default=4096, metavar="T", help="of a micro-batch, or a prompt")
-    run.add_argument("--dtype", choices=list(BYTES), default="bfloat16")
-    run.add_argument("--pipeline-ranks", type=int, default=1, metavar="P")
-    run.add_argument("--virtual-stages", type=int, default=1, metavar="V", help="per pipeline rank")
+    run.add_argument("--tokens", type=positive_int, default=4096, metavar="T", help="of a micro-batch, or a prompt")
+    parser.add_shared("--dtype", default="bfloat16", help="of the block summaries (default: %(default)s)")
+    run.add_argument("--pipeline-ranks", type=positive_int, default=1, metavar="P")
+    run.add_argument("--virtual-stages", type=positive_int, default=1, metavar="V", help="per pipeline rank")
     run.add_argument(
-        "--tensor-parallel", type=int, default=1, metavar="RANKS", help="that the sequence is sharded over"
+        "--tensor-parallel", type=positive_int, default=1, metavar="RANKS", help="that the sequence is sharded over"
     )
-    run.add_argument("--chunk", type=int, metavar="TOKENS", help="of a chunked prefill")
+    run.add_argument("--chunk", type=positive_int, metavar="TOKENS", help="of a chunked prefill")
     hardware = parser.add_argument_group("the hardware (all four for a predicted overhead)")
-    hardware.add_argument("--link-bandwidth", type=float, metavar="GB/S", help="between pipeline stages, one way")
-    hardware.add_argument("--memory-bandwidth", type=float, metavar="GB/S")
-    hardware.add_argument("--flops", type=float, metavar="TFLOP/S", help="that the model reaches")
-    hardware.add_argument("--activated-parameters", type=float, metavar="BILLIONS")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    hardware.add_argument(
+        "--link-bandwidth", type=positive_number, metavar="GB/S", help="between pipeline stages, one way"
+    )
+    hardware.add_argument("--memory-bandwidth", type=positive_number, metavar="GB/S")
+    hardware.add_argument("--flops", type=positive_number, metavar="TFLOP/S", help="that the model reaches")
+    hardware.add_argument("--activated-parameters", type=positive_number, metavar="BILLIONS")
+    parser.add_shared("--json")
     return parser
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `attnres-plan`; returns the exit code, see [`modeling_attnres.command_line`]."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
-    try:
-        figures = plan(arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    print(json.dumps(figures, indent=2) if arguments.json else format_figures(figures))
+    return run_tool(parser.prog, run, parser.parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    figures = plan(arguments)
+    return Result(format_figures(figures), figures)
 
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -195,4 +201,4 @@ def _bytes(count: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,13 +14,16 @@
 """`attnres-bench`: the cost of attention over depth beside the PreNorm base and the paper's Figure 2."""
 
 import argparse
+import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
-from .models import DTYPES, PRESETS, VARIANTS, Lineup, build_lineup, check_equality
+from modeling_attnres.command_line import DTYPES, Result, ToolParser, positive_int, run_tool
+
+from ..outputs import check_folder
+from .models import PRESETS, VARIANTS, EqualityGateError, Lineup, build_lineup, check_equality
 from .plots import plot_sweep
 from .published import GROUPS, SHAPE
 from .report import count_rows, environment, format_table, timing_rows, write_csv, write_json
@@ -30,17 +33,17 @@ from .timing import time_compiled, time_decode, time_prefill, time_training
 DEFAULT_ROUNDS = {"prefill": 9, "decode": 150, "train": 9, "compiled": 15, "counts": 1}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="attnres-bench", description=__doc__)
+def build_parser() -> ToolParser:
+    parser = ToolParser(prog="attnres-bench", description=__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), default="135M", help="shape of the backbone")
     parser.add_argument("--mode", choices=list(DEFAULT_ROUNDS), nargs="+", default=["prefill"])
     parser.add_argument("--variants", choices=list(VARIANTS), nargs="+", default=["figure2", "block", "block-sum"])
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--batch", type=_positive, default=1)
-    parser.add_argument("--tokens", type=_positive, default=512, help="prompt, sequence or KV cache length")
-    parser.add_argument("--rounds", type=_positive, default=None, help=f"default by mode: {DEFAULT_ROUNDS}")
-    parser.add_argument("--threads", type=_positive, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_shared("--dtype", default="float32", help="of weights and activations (default: %(default)s)")
+    parser.add_argument("--batch", type=positive_int, default=1)
+    parser.add_argument("--tokens", type=positive_int, default=512, help="prompt, sequence or KV cache length")
+    parser.add_argument("--rounds", type=positive_int, default=None, help=f"default by mode: {DEFAULT_ROUNDS}")
+    parser.add_argument("--threads", type=positive_int, default=1)
+    parser.add_shared("--seed", default=0, help="of the weights (default: %(default)s)")
     parser.add_argument(
         "--published",
         nargs="*",
@@ -50,25 +53,28 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"measure the published set, or groups of it ({', '.join(GROUPS)}), beside its bars; other options but "
         "--threads and --output are then its own",
     )
-    parser.add_argument("--output", type=Path, default=None, help="folder for JSON, CSV and plots")
+    parser.add_shared("--output", help="folder for JSON, CSV and plots")
+    parser.add_shared("--json")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `attnres-bench`; returns the exit code, see [`modeling_attnres.command_line`]."""
+    parser = build_parser()
+    left = "interrupted; what was measured before is in --output, where that was given."
+    arguments = parser.parse_args(argv)
+    return run_tool(parser.prog, run, arguments, check_errors=(EqualityGateError,), interrupted=left)
 
 
-def main(argv: list[str] | None = None):
-    arguments = build_parser().parse_args(argv)
+def run(arguments: argparse.Namespace) -> Result:
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
-    run_published(arguments) if arguments.published is not None else run_case(arguments)
+    if arguments.output is not None:
+        check_folder(arguments.output, "--output")
+    return run_published(arguments) if arguments.published is not None else run_case(arguments)
 
 
-def run_published(arguments: argparse.Namespace):
+def run_published(arguments: argparse.Namespace) -> Result:
     """Measures the published set, prints it beside its bars and writes it to `--output`, group by group."""
     rows: list[dict] = []
     seconds: dict[str, dict] = {}
@@ -79,18 +85,18 @@ def run_published(arguments: argparse.Namespace):
             case: {name: asdict(entry) for name, entry in entries.items()} for case, entries in timings.items()
         }
         print(format_table([figure.row() for figure in figures]), end="\n\n", flush=True)
+        content = {"environment": environment(arguments.threads), "rows": rows, "seconds": seconds}
         if arguments.output is None:
             continue
         write_csv(arguments.output / "published.csv", rows)
-        content = {"environment": environment(arguments.threads), "rows": rows, "seconds": seconds}
         write_json(arguments.output / "published.json", content)
         if group == "mixer":
             plot_sweep(timings, arguments.output / "mixer.png", SHAPE.num_sublayers, SHAPE.sublayers_per_block)
-    print(format_table(rows))
+    return Result(format_table(rows), content)
 
 
-def run_case(arguments: argparse.Namespace):
-    """Measures one shape, dtype, batch and length in the chosen modes."""
+def run_case(arguments: argparse.Namespace) -> Result:
+    """Measures one shape, dtype, batch and length in the chosen modes; prints and writes each when it is done."""
     lineup = build_lineup(PRESETS[arguments.preset], arguments.variants, DTYPES[arguments.dtype], seed=arguments.seed)
     errors = check_equality(lineup)
     print("equality gate passed:", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
@@ -104,6 +110,7 @@ def run_case(arguments: argparse.Namespace):
         if arguments.output is not None:
             write_csv(arguments.output / f"{mode}.csv", rows)
             write_json(arguments.output / "results.json", results)
+    return Result("", results)
 
 
 def _run_mode(mode: str, lineup: Lineup, arguments: argparse.Namespace, name: str) -> list[dict]:
@@ -119,4 +126,4 @@ def _run_mode(mode: str, lineup: Lineup, arguments: argparse.Namespace, name: st
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -67,8 +67,6 @@ PRESETS = {
     "tiny": Shape(64, 4, 4, 2, 128, 256, sublayers_per_block=4),
 }
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 # name -> (implementation, S or None for the shape's, depth_weights)
 VARIANTS = {
     "figure2": ("figure2", None, "mean"),

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 
 import torch
 
+from modeling_attnres.command_line import DTYPES, dtype_name
+
 from .counting import chunked_summaries_bytes, operations_per_sublayer, saved_for_backward
-from .models import DTYPES, PRESETS, Lineup, Shape, build_lineup, check_equality
+from .models import PRESETS, Lineup, Shape, build_lineup, check_equality
 from .timing import (
     Ratio,
     Timing,
@@ -124,7 +126,7 @@ class Figure:
 
 
 def _gated(dtype: str, variants: list[str], shape: Shape = SHAPE) -> Lineup:
-    lineup = build_lineup(shape, variants, DTYPES[dtype])
+    lineup = build_lineup(shape, variants, DTYPES[dtype_name(dtype)])
     check_equality(lineup)
     return lineup
 

@@ -197,7 +197,7 @@ def test_revision_that_does_not_exist(tmp_path):
         server.repositories["user/llama"].commit({})
         process = run_python(
             "-c",
-            "from modeling_attnres.conversion.cli import main; assert main(['user/llama', 'o', '--revision', 'v9']) == 1",
+            "from modeling_attnres.conversion.cli import main; assert main(['user/llama', 'o', '--revision', 'v9']) == 2",
             folder=tmp_path,
             HF_ENDPOINT=server.url,
             HF_HUB_DISABLE_XET="1",

@@ -18,7 +18,8 @@ README = (PACKAGE / "README.md").read_text(encoding="utf-8")
 
 def string_constants() -> str:
     """All literal text in the code, f-strings up to their placeholders."""
-    files = [*PACKAGE.glob("*.py"), Path(modeling_attnres.__file__).with_name("backbone_attnres.py")]
+    model = Path(modeling_attnres.__file__).parent
+    files = [*PACKAGE.glob("*.py"), model / "backbone_attnres.py", model / "command_line.py"]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
 

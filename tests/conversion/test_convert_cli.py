@@ -36,7 +36,7 @@ def test_options_reach_the_conversion(tmp_path, capsys):
     assert "Dry run: nothing was written." in capsys.readouterr().out
     assert AttnResConfig.from_pretrained(tmp_path / "out").sublayers_per_block == 3
     drop = ["--drop-keys", "^nothing$", "--drop-keys", r"^model\.norm\.weight$"]
-    assert main([str(source), str(tmp_path / "out"), "--overwrite", *drop]) == 1
+    assert main([str(source), str(tmp_path / "out"), "--overwrite", *drop]) == 2
     assert "missing: model.norm.weight" in capsys.readouterr().err
 
 
@@ -55,7 +55,7 @@ def test_there_and_back(tmp_path, llama, capsys):
 
 
 def test_errors_are_one_message_and_no_traceback(tmp_path, capsys):
-    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("attnres-convert: error: `source` is neither an existing path nor a Hub id")
     assert captured.out == ""
@@ -147,7 +147,7 @@ def test_one_line_with_the_true_reason_and_nothing_left(tmp_path, llama, monkeyp
     arguments, message = prepare(tmp_path, monkeypatch)
     before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     capsys.readouterr()
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     (line,) = [
         line for line in captured.err.replace("\r", "\n").splitlines() if "Writing weights" not in line and line

@@ -145,6 +145,47 @@ def test_bad_requests(runs, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("results_*.json", "[]", "must be a JSON object, got list"),
+        ("results_*.json", "{}", "was not written by lm-eval: its results must be dict, got none"),
+        ("results_*.json", b"\xff", " is not JSON: 'utf-8' codec can't decode"),
+        ("samples_mc_*.jsonl", "1\n", ", line 1 must be a JSON object, got int"),
+        (
+            "samples_mc_*.jsonl",
+            '{"filter": "none"}\n',
+            ", line 1 was not written by lm-eval: its doc_hash must be str",
+        ),
+        ("samples_mc_*.jsonl", b"\xff", " is not JSON lines: 'utf-8' codec can't decode"),
+    ],
+)
+def test_files_that_lm_eval_did_not_write(runs, capsys, file, content, message):
+    (path,) = (runs / "attnres").glob(file)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert compare(runs, "--json", runs / "new" / "c.json") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (runs / "new").exists()
+
+
+def test_figures_on_the_terminal(runs, capsys):
+    assert compare(runs, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["baseline"] == "base"
+    assert compare(runs, "--quiet") == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown", "--card", "--model-index"])
+def test_all_files_or_none(runs, capsys, option):
+    others = [name for name in ("--json", "--markdown", "--card", "--model-index") if name != option]
+    before = sorted(runs.iterdir())
+    paths = [text for name in others for text in (name, runs / f"{name[2:]}.out")]
+    assert compare(runs, *paths, option, "/proc/new.out") == 2
+    assert f"{option} must be a path that can be written, got /proc/new.out" in capsys.readouterr().err
+    assert sorted(runs.iterdir()) == before
+
+
 def test_the_same_run_twice_is_no_second_seed(runs, capsys):
     assert main(["compare", f"{runs / 'base'},{runs / 'base'}", str(runs / "attnres")]) == 2
     assert "must be different runs" in capsys.readouterr().err

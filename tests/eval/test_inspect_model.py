@@ -1,9 +1,11 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_backbones import VOCAB_SIZE, tiny_backbone, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -66,7 +68,6 @@ def test_a_prenorm_model_alone_has_no_depth_weights(folder, tmp_path):
     ("extra", "message"),
     [
         (["--tokens", "200"], "must hold --sequences \\* --tokens = 800 tokens, got 100"),
-        (["--tokens", "1"], "`--tokens` at least 2, got 4 and 1"),
         (["--names", "a", "b"], "must give each of the 1 models its own name"),
     ],
 )
@@ -75,8 +76,118 @@ def test_bad_requests_end_in_one_line(folder, tmp_path, capsys, extra, message):
     error = capsys.readouterr().err
     assert error.startswith("attnres-inspect: error: ")
     assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
     assert re.search(message, error)
+
+
+def no_text(folder):
+    return {"text": folder / "nowhere.txt"}, "`--text` must be a file that can be read, got .*No such file"
+
+
+def a_folder_as_text(folder):
+    return {"text": folder}, "`--text` must be a file that can be read, got .*Is a directory"
+
+
+def an_empty_text(folder):
+    (folder / "empty.txt").touch()
+    return {"text": folder / "empty.txt"}, "`--text` must hold .* = 24 tokens, got 0 in "
+
+
+def a_picture_as_text(folder):
+    (folder / "picture.png").write_bytes(b"\x89PNG\xff")
+    return {"text": folder / "picture.png"}, "`--text` must be text in UTF-8, got .*picture.png"
+
+
+def zeros_as_text(folder):
+    (folder / "zeros").write_bytes(bytes(100))
+    return {"text": folder / "zeros"}, "`--text` must be text in UTF-8, got .*zeros, which has zero bytes"
+
+
+def more_than_the_model_reads(folder):
+    (folder / "long.txt").write_text("w1 " * 200)
+    return {"text": folder / "long.txt", "tokens": 129}, "`--tokens` must be at most the model's .*, 128, got 129"
+
+
+def words_that_the_model_lacks(folder):
+    small = tiny_model("llama", 2, vocab_size=VOCAB_SIZE // 2)
+    small.save_pretrained(folder / "small")
+    AutoTokenizer.from_pretrained(folder / "attnres").save_pretrained(folder / "small")
+    return {"model": folder / "small"}, "tokenizer must go with the model, whose vocabulary has 48 tokens; got the id"
+
+
+def weights_that_are_missing(folder):
+    shutil.copytree(folder / "attnres", folder / "missing")
+    weights = load_file(folder / "missing" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "missing" / "model.safetensors", metadata={"format": "pt"})
+    return {"model": folder / "missing"}, "must have all of its weights, .* lacks 1: model.layers.1.mlp.up_proj"
+
+
+def weights_that_are_damaged(folder):
+    shutil.copytree(folder / "attnres", folder / "damaged")
+    file = folder / "damaged" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    return {"model": folder / "damaged"}, "MODEL: the weights of .*damaged do not load: "
+
+
+def an_output_that_is_a_file(folder):
+    return {"output": folder / "text.txt"}, "--output must be a folder, got the file .*text.txt"
+
+
+def an_output_that_takes_no_files(folder):
+    return {"output": "/proc/new"}, "--output must be a path that can be written, got /proc/new"
+
+
+def a_name_for_another_folder(folder):
+    return {"names": "../other"}, "`--names` must be usable in names of files, got '../other'"
+
+
+CASES = [no_text, a_folder_as_text, an_empty_text, a_picture_as_text, zeros_as_text, more_than_the_model_reads]
+CASES += [words_that_the_model_lacks, weights_that_are_missing, weights_that_are_damaged]
+CASES += [an_output_that_is_a_file, an_output_that_takes_no_files, a_name_for_another_folder]
+
+
+@pytest.mark.parametrize("prepare", CASES, ids=lambda case: case.__name__)
+def test_one_line_with_the_reason_and_nothing_left(folder, tmp_path, capsys, prepare):
+    shutil.copytree(folder, tmp_path / "inputs")
+    options, message = prepare(tmp_path / "inputs")
+    options = {"text": tmp_path / "inputs" / "text.txt", "output": tmp_path / "a" / "b", **options}
+    model = options.pop("model", tmp_path / "inputs" / "attnres")
+    options = {"sequences": 1, "tokens": 24, **options}
+    capsys.readouterr()
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    assert main([str(model), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"attnres-inspect: error: .*{message}", line)
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_model_that_counts_to_nan_fails_the_check(folder, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(folder / "attnres")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(folder / "attnres").save_pretrained(tmp_path / "nan")
+    arguments = ["--text", str(folder / "text.txt"), "--output", str(tmp_path / "out"), "--tokens", "8"]
+    capsys.readouterr()
+    assert main([str(tmp_path / "nan"), *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "are not finite: its weights are damaged or too large for float32." in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_as_json(folder, tmp_path, capsys):
+    extra = ["--sequences", "1", "--tokens", "8", "--json", "--device", "cpu"]
+    assert inspect(folder, tmp_path / "out", "attnres", extra=extra) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+def test_what_an_earlier_run_left_is_replaced(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for tokens in ("8", "16"):
+        assert inspect(folder, tmp_path, "attnres", extra=["--sequences", "1", "--tokens", tokens]) == 0
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_sequences_are_the_texts_first_tokens(folder):

@@ -153,6 +153,45 @@ class TestCommand:
         assert "Tasks not found: no_such_task" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--nonsense", "3"), "lm-eval does not understand its options: unrecognized arguments: --nonsense 3"),
+            (("--gen_kwargs", "junk"), "argument --gen_kwargs: expected `key=value`, got 'junk'"),
+            (("--batch_size", "0"), "--batch_size must be auto, auto:N or a whole number of at least 1, got 0"),
+            (("--batch_size", "few"), "--batch_size must be auto, auto:N or a whole number of at least 1, got few"),
+            (("--limit", "-1"), "--limit must be above 0, got -1.0"),
+            (("--num_fewshot", "-1"), "--num_fewshot must be at least 0, got -1"),
+            (("--device", "cuda:99"), "--device must be a device of this machine, got 'cuda:99' ("),
+            (("--model_args", "unheard_of=1"), "lm-eval ended with TypeError: "),
+            (("--config", "nowhere.yaml"), "Config file not found: "),
+        ],
+    )
+    def test_requests_that_lm_eval_cannot_carry_out(self, checkpoint, tmp_path, capsys, options, message):
+        assert self.run(checkpoint, tmp_path / "new" / "out", "--tasks", "attnres_lookup_1", *options) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("attnres-eval: error: ")
+        assert message in line
+        assert not list(tmp_path.iterdir())
+
+    def test_weights_that_are_missing(self, checkpoint, tmp_path, capsys):
+        """lm-eval would evaluate the random ones that the library puts in their place."""
+        broken = AutoModelForCausalLM.from_pretrained(checkpoint)
+        state = broken.state_dict()
+        name = next(name for name in state if name.endswith("up_proj.weight"))
+        broken.save_pretrained(tmp_path / "broken", state_dict={key: state[key] for key in state if key != name})
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "broken")
+        assert self.run(tmp_path / "broken", tmp_path / "out", "--tasks", "attnres_lookup_1", "--limit", "1") == 2
+        assert f"lacks 1: {name}" in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
+
+    def test_results_as_json_in_another_dtype(self, checkpoint, tmp_path, capsys):
+        options = ("--tasks", "attnres_lookup_1", "--limit", "1", "--dtype", "bf16", "--json")
+        assert self.run(checkpoint, tmp_path / "out", *options) == 0
+        run = load_run(tmp_path / "out")
+        assert json.loads(capsys.readouterr().out) == run.results["results"]
+        assert run.results["config"]["model_dtype"] == "torch.bfloat16"
+
     def test_no_task(self, checkpoint, tmp_path, capsys):
         assert self.run(checkpoint, tmp_path / "out") == 2
         assert "No tasks specified" in capsys.readouterr().err
