@@ -217,7 +217,13 @@ def _keep_tokenizer(fetched: FetchedSource, result: Path) -> str:
 def _check_inputs(fetched: FetchedSource, config: AttnResConfig, check_text: str | None) -> dict[str, torch.Tensor]:
     inputs = {"fixed token ids": fixed_tokens(config.text_config.vocab_size)}
     if check_text is not None:
-        inputs["given text"] = tokenize(fetched.load_tokenizer, check_text)
+        inputs["given text"] = tokens = tokenize(fetched.load_tokenizer, check_text)
+        longest = getattr(config.text_config, "max_position_embeddings", None)
+        if longest is not None and tokens.shape[1] > longest:
+            raise ConversionError(
+                f"`check_text` must have at most as many tokens as the model's max_position_embeddings, {longest}, got "
+                f"{tokens.shape[1]}."
+            )
     return inputs
 
 

@@ -70,6 +70,13 @@ def test_the_check_reports_what_it_compared(tmp_path, llama):
     assert json.loads((tmp_path / "out" / "conversion_report.json").read_text()) == report.to_dict()
 
 
+def test_a_text_that_the_model_cannot_read_whole(tmp_path, llama):
+    save_tokenizer(llama)
+    with pytest.raises(ConversionError, match=r"`check_text` must have at most as many .*, 128, got 129"):
+        convert(llama, tmp_path / "out", check_text="depth " * 129)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
 def test_mean_weights_are_close_and_say_how_close(tmp_path, llama):
     report = convert(llama, tmp_path / "out", depth_weights="mean")
     assert AttnResConfig.from_pretrained(tmp_path / "out").depth_weights == "mean"
