@@ -1,0 +1,260 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Triton kernels behind `depth_kernels_attnres`, which documents, checks and launches them.
+
+Letters: M tokens, D hidden size, n sources, R rows (queries read together).
+
+Every kernel gives a program one token and computes in fp32. A pointer that is `None` is a tensor that the call does not
+have: Triton compiles a kernel for the pointers that are there. Tiles are as wide as the next power of two, and what lies
+beyond D is masked.
+
+Zero queries must leave the stream of "sum" as it is, so the weights that anchor it are written such that equal scores
+make them exactly 0 whatever the rounding of a division; products of 0 and finite values then add nothing.
+"""
+
+try:  # code of a checkpoint is refused where a plain import of it is not installed, even if nothing asks for this file
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The kernels of depth attention need Triton: pip install 'modeling-attnres[triton]'") from error
+
+
+@triton.jit
+def _load(pointer, start, columns, mask):
+    return tl.load(pointer + start + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, start, columns, values, mask):
+    tl.store(pointer + start + columns, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _round(values, pointer):
+    """`values` in fp32, rounded to the dtype of what `pointer` points to."""
+    return values.to(pointer.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _merge_shares(relative, num_sources, SUM: tl.constexpr):
+    """The shares of phase 1 and of the recent source, from the relative score of the latter.
+
+    "mean": `sigmoid(relative)` and its complement. "sum": `1 - c` and `c = t / (n / 2 - (n / 2 - 1) t)` with
+    `t = tanh(relative)`. The exponential is of a negative number in both and cannot overflow.
+    """
+    if SUM:
+        exponential = tl.exp(-2.0 * tl.abs(relative))
+        tanh = tl.div_rn(1.0 - exponential, 1.0 + exponential)
+        tanh = tl.where(relative < 0, -tanh, tanh)
+        taken = tl.div_rn(tanh, num_sources * 0.5 - (num_sources * 0.5 - 1.0) * tanh)
+        kept = 1.0 - taken
+    else:
+        exponential = tl.exp(-tl.abs(relative))
+        small = tl.div_rn(exponential, 1.0 + exponential)
+        large = tl.div_rn(1.0, 1.0 + exponential)
+        kept = tl.where(relative < 0, small, large)
+        taken = tl.where(relative < 0, large, small)
+    return kept, taken
+
+
+@triton.jit
+def _inverse_rms(values, eps, D: tl.constexpr):
+    return tl.rsqrt(tl.sum(values * values, 0) / D + eps)
+
+
+@triton.jit
+def _store_normed(normed_ptr, weight_ptr, values, inverse_rms, start, columns, mask):
+    """RMSNorm as Llama's: the normed values are rounded before they are multiplied by the weight."""
+    normed = _round(values * inverse_rms, normed_ptr) * _load(weight_ptr, 0, columns, mask)
+    _store(normed_ptr, start, columns, normed, mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sources"])
+def merge_forward(
+    row_ptr,
+    stat_ptr,
+    query_ptr,
+    floor_ptr,
+    recent_ptr,
+    output_ptr,
+    stream_ptr,
+    weight_ptr,
+    mix_ptr,
+    relative_ptr,
+    new_recent_ptr,
+    new_stream_ptr,
+    normed_ptr,
+    saved_ptr,
+    num_tokens,
+    num_sources,
+    eps,
+    SUM: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One token of `merge`; leaves score, norm of the recent source and 1 / rms of the mix in `saved` `[3, M]`."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    mask = columns < D
+    start = token * D
+
+    if output_ptr is not None:
+        output = _load(output_ptr, start, columns, mask)
+    if recent_ptr is None:
+        values = output
+    else:
+        values = _load(recent_ptr, start, columns, mask)
+        if output_ptr is not None:
+            values = _round(values + output, new_recent_ptr)
+            _store(new_recent_ptr, start, columns, values, mask)
+
+    floor = tl.load(floor_ptr)
+    norm = tl.sqrt_rn(tl.sum(values * values, 0) + floor * floor)
+    score = tl.div_rn(tl.sum(values * _load(query_ptr, 0, columns, mask), 0), norm)
+    if SUM:
+        relative = tl.load(stat_ptr + token) + 0.5 * score
+        base = _load(stream_ptr, start, columns, mask)
+        if output_ptr is not None:
+            base = _round(base + output, new_stream_ptr)
+            _store(new_stream_ptr, start, columns, base, mask)
+        if row_ptr is not None:
+            base += _load(row_ptr, start, columns, mask)
+    else:
+        relative = tl.load(stat_ptr + token) - score
+        base = _load(row_ptr, start, columns, mask)
+    kept, taken = _merge_shares(relative, num_sources, SUM)
+    if SUM:
+        taken *= num_sources
+    mix = _round(kept * base + taken * values, mix_ptr)
+    _store(mix_ptr, start, columns, mix, mask)
+    tl.store(relative_ptr + token, relative)
+    tl.store(saved_ptr + token, score)
+    tl.store(saved_ptr + num_tokens + token, norm)
+    if normed_ptr is not None:
+        inverse_rms = _inverse_rms(mix, eps, D)
+        tl.store(saved_ptr + 2 * num_tokens + token, inverse_rms)
+        _store_normed(normed_ptr, weight_ptr, mix, inverse_rms, start, columns, mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sources"])
+def merge_backward(
+    mix_ptr,
+    values_ptr,
+    query_ptr,
+    weight_ptr,
+    relative_ptr,
+    saved_ptr,
+    mix_gradient_ptr,
+    normed_gradient_ptr,
+    relative_gradient_ptr,
+    values_gradient_ptr,
+    stream_gradient_ptr,
+    to_row_ptr,
+    to_stat_ptr,
+    to_values_ptr,
+    to_stream_ptr,
+    to_output_ptr,
+    partial_ptr,
+    num_tokens,
+    num_sources,
+    SUM: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The tokens p, p + P, p + 2 P... of `merge`'s backward, in the p-th of P programs for a slice of WIDTH columns.
+
+    `values` is the recent source as it was scored. Gradients of query and norm weight are sums over tokens; each program
+    leaves its own in `partial` `[2, P, D]`, so that the total does not depend on the order in which programs finish.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    num_programs = tl.num_programs(0)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    mask = columns < D
+    to_query = tl.zeros([WIDTH], tl.float32)
+    to_weight = tl.zeros([WIDTH], tl.float32)
+    for token in range(program, num_tokens, num_programs):
+        start = token * D
+        inverse_rms = 1.0
+        if normed_gradient_ptr is not None:
+            inverse_rms = tl.load(saved_ptr + 2 * num_tokens + token)
+
+        # Inner products over all columns. `away` is what the mix moves along when the recent source gets more weight:
+        # d mix / d relative is a scalar times (n recent - mix), or (recent - mix), so the rows are not needed.
+        normed_along = tl.zeros([WIDTH], tl.float32)
+        normed_away = tl.zeros([WIDTH], tl.float32)
+        mix_away = tl.zeros([WIDTH], tl.float32)
+        direct_away = tl.zeros([WIDTH], tl.float32)
+        for first in range(0, D, WIDTH):
+            every = first + tl.arange(0, WIDTH)
+            inside = every < D
+            mix = _load(mix_ptr, start, every, inside)
+            away = num_sources * _load(values_ptr, start, every, inside) - mix
+            if normed_gradient_ptr is not None:
+                scaled = _load(normed_gradient_ptr, start, every, inside) * _load(weight_ptr, 0, every, inside)
+                normed_along += scaled * mix
+                normed_away += scaled * away
+                mix_away += mix * away
+            if mix_gradient_ptr is not None:
+                direct_away += _load(mix_gradient_ptr, start, every, inside) * away
+        normed_share = inverse_rms * inverse_rms * (tl.sum(normed_along, 0) / D)
+        gradient_away = inverse_rms * (tl.sum(normed_away, 0) - normed_share * tl.sum(mix_away, 0))
+        gradient_away += tl.sum(direct_away, 0)
+
+        kept, taken = _merge_shares(tl.load(relative_ptr + token), num_sources, SUM)
+        if SUM:
+            to_relative = gradient_away * tl.div_rn(2.0 * (1.0 + (num_sources - 1) * taken), num_sources * 1.0)
+            taken *= num_sources
+        else:
+            to_relative = -gradient_away * taken
+        if relative_gradient_ptr is not None:
+            to_relative += tl.load(relative_gradient_ptr + token)
+        tl.store(to_stat_ptr + token, to_relative)
+        to_score = 0.5 * to_relative if SUM else -to_relative
+
+        # This slice is read once more, from the cache: kept in registers it would leave none for the sums over tokens.
+        gradient = tl.zeros([WIDTH], tl.float32)
+        if normed_gradient_ptr is not None:
+            normed_gradient = _load(normed_gradient_ptr, start, columns, mask)
+            mix = _load(mix_ptr, start, columns, mask)
+            to_weight += normed_gradient * mix * inverse_rms
+            gradient = inverse_rms * (normed_gradient * _load(weight_ptr, 0, columns, mask) - normed_share * mix)
+        if mix_gradient_ptr is not None:
+            gradient += _load(mix_gradient_ptr, start, columns, mask)
+        values = _load(values_ptr, start, columns, mask)
+
+        # score = (q . v) / norm(v), so d score / dv = (q - score v / norm) / norm
+        score = tl.load(saved_ptr + token)
+        norm = tl.load(saved_ptr + num_tokens + token)
+        to_dot = tl.div_rn(to_score, norm)
+        to_query += to_dot * values
+        to_values = taken * gradient + to_dot * (_load(query_ptr, 0, columns, mask) - tl.div_rn(score, norm) * values)
+        if values_gradient_ptr is not None:
+            to_values += _load(values_gradient_ptr, start, columns, mask)
+        if to_values_ptr is not None:
+            _store(to_values_ptr, start, columns, to_values, mask)
+
+        to_base = kept * gradient
+        if to_row_ptr is not None:
+            _store(to_row_ptr, start, columns, to_base, mask)
+        if SUM:
+            if stream_gradient_ptr is not None:
+                to_base += _load(stream_gradient_ptr, start, columns, mask)
+            if to_stream_ptr is not None:
+                _store(to_stream_ptr, start, columns, to_base, mask)
+            if to_output_ptr is not None:
+                to_output = to_base + to_values
+                _store(to_output_ptr, start, columns, to_output, mask)
+    _store(partial_ptr, program * D, columns, to_query, mask)
+    if normed_gradient_ptr is not None:
+        _store(partial_ptr, (num_programs + program) * D, columns, to_weight, mask)
