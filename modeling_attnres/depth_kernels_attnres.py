@@ -13,107 +13,171 @@
 # limitations under the License.
 """Depth attention in few launches: functions that are a reference in PyTorch, and with `impl="triton"` one kernel each.
 
-Letters: M tokens, `*` the dimensions of the tokens ([B, T] or [M]), D hidden size, n sources of a mix (the recent one
-included), R queries read together.
+Letters: `*` the dimensions of the tokens ([B, T] or [M]), D hidden size, n sources of a mix (the recent one included),
+R queries read together.
 
-Nothing here imports Triton before a kernel is asked for, and a kernel that cannot run is an error that says why, never
-another path: ask [`available`] first. The kernels take launch configurations from one table and are never tuned, so that
-the same inputs give the same bits on every device of a kind.
+Nothing here imports Triton before a kernel is asked for. A kernel that cannot run is an error that says why, never another
+path: ask [`available`] first.
 """
 
-import functools
-import importlib.util
-import os
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HIDDEN_SIZE = 8192
-
-# Fixed launch configurations. A program of the merge holds one token, a thread of it 16 elements of each tensor: two loads
-# of 16 bytes in half precision.
-MERGE_ELEMENTS = 16
-# The merge's backward has more tensors and two sums over tokens in registers. A thread holds 16 bytes of each, a program a
-# slice of at most 8 KB of a token: more threads would leave each fewer registers than it needs.
-SLICE_BYTES, THREAD_BYTES = 8192, 16
-# Programs that share the tokens in backward: several for each multiprocessor, few sums over tokens to add up at the end.
-BACKWARD_PROGRAMS = 512
-
-
-class Tile(NamedTuple):
-    """Columns of a tile, a power of two, and warps (of 32 threads) of the program that holds it."""
-
-    width: int
-    warps: int
-
-
-def merge_tile(hidden_size: int) -> Tile:
-    width = max(64, 1 << (hidden_size - 1).bit_length())
-    return Tile(width, max(1, width // (32 * MERGE_ELEMENTS)))
+from .depth_launch_attnres import (
+    BACKWARD_PROGRAMS,
+    ROWS_BACKWARD_REGISTERS,
+    Tile,
+    available,
+    check_no_gradients,
+    check_tensor,
+    check_written_in_place,
+    contiguous,
+    kernels,
+    merge_backward_tile,
+    merge_tile,
+    power_of_two,
+    rms_norm,
+    rows_backward_tile,
+    rows_tile,
+    uses_kernel,
+)
 
 
-def merge_backward_tile(hidden_size: int, element_size: int) -> Tile:
-    width = min(merge_tile(hidden_size).width, SLICE_BYTES // element_size)
-    return Tile(width, max(1, width * element_size // (32 * THREAD_BYTES)))
+# --- Phase 1 ---------------------------------------------------------------------------------------------------------
 
 
-def available(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
-    """Why the kernels cannot run on tensors of `device` and `dtype` with D = `hidden_size`; `None` if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'modeling-attnres[triton]')"
-    if dtype not in DTYPES:
-        return f"they compute in fp32, and {dtype} is none of fp32, bf16 and fp16"
-    if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
-        return f"a hidden size of {hidden_size} is more than {MAX_HIDDEN_SIZE}"
-    return _why_not_on(torch.device(device))
+def phase_one_rows(
+    scores: torch.Tensor, sources: torch.Tensor, form: str, impl: str = "torch"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the scores of finished sources to the rows of a group of sublayers, in one launch.
+
+    "mean": the rows are sums with weights `softmax(s)`, the stat is the log-sum-exp. "sum": the weights are the excess
+    `exp(s_i) / mean(exp(s)) - 1`, computed as `(n e_i - sum(e)) / sum(e)`, which is exactly 0 for equal scores; the stat
+    is half of minus the logarithm of `mean(exp(s))`. Not differentiable by itself: see [`phase_one_rows_backward`].
+
+    Args:
+        scores: `[n, R, *]`, at least fp32 (the kernel: fp32).
+        sources: `[n, *, D]`.
+        form: "mean" or "sum".
+        impl: "torch" or "triton".
+
+    Returns:
+        rows `[R, *, D]` in the sources' dtype, and stat `[R, *]` in the scores'.
+
+    Raises:
+        ValueError: for arguments that do not fit one another, or a kernel that cannot run.
+    """
+    _check_phase_one("phase_one_rows", scores, sources, form)
+    num_sources, num_rows = scores.shape[:2]
+    if not uses_kernel(impl, sources, num_sources, num_rows):
+        return _phase_one_reference(scores, sources, form)
+    scores, sources = contiguous(scores, sources)
+    rows, stat = sources.new_empty(num_rows, *sources.shape[1:]), scores.new_empty(scores.shape[1:])
+    tile, num_tokens = rows_tile(sources.shape[-1], num_rows), stat[0].numel()
+    with torch.cuda.device_of(sources):
+        kernels().rows_forward[(num_tokens, -(-sources.shape[-1] // tile.width))](
+            *(scores, sources, rows, stat, num_tokens, num_sources, num_rows),
+            **_phase_one_constants(scores, sources, form, tile),
+        )
+    return rows, stat
 
 
-@functools.cache
-def _why_not_on(device: torch.device) -> str | None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None  # Triton's interpreter runs on any device
-    if device.type != "cuda":
-        return f"{device} is not a CUDA device"
-    if torch.version.hip is not None:
-        return "they were compiled for NVIDIA devices alone"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
+def phase_one_rows_backward(
+    rows_gradient: torch.Tensor,
+    stat_gradient: torch.Tensor | None,
+    scores: torch.Tensor,
+    sources: torch.Tensor,
+    form: str,
+    sources_gradient: torch.Tensor | None = None,
+    impl: str = "torch",
+) -> torch.Tensor:
+    """The backward of [`phase_one_rows`], in one launch.
+
+    Args:
+        rows_gradient, stat_gradient: of the results, `[R, *, D]` and `[R, *]` (`None` for zeros).
+        scores, sources, form, impl: as in [`phase_one_rows`].
+        sources_gradient: `[n, *, D]`, contiguous; the gradient of the sources is added to it. `None` if not wanted.
+
+    Returns:
+        the gradient of the scores, `[n, R, *]`.
+
+    Raises:
+        ValueError: for arguments that do not fit one another, or a kernel that cannot run.
+    """
+    _check_phase_one("phase_one_rows_backward", scores, sources, form)
+    num_sources, num_rows = scores.shape[:2]
+    check_tensor("rows_gradient", rows_gradient, (num_rows, *sources.shape[1:]), sources.dtype, sources.device)
+    check_tensor("stat_gradient", stat_gradient, scores.shape[1:], scores.dtype, scores.device)
+    check_tensor("sources_gradient", sources_gradient, sources.shape, sources.dtype, sources.device)
+    check_written_in_place("sources_gradient", sources_gradient)
+    arguments = (rows_gradient, stat_gradient, scores, sources)
+    if not uses_kernel(impl, sources, num_sources, num_rows):
+        return _phase_one_backward_reference(*arguments, form, sources_gradient)
+    rows_gradient, stat_gradient, scores, sources = contiguous(*arguments)
+    scores_gradient, num_tokens = torch.empty_like(scores), scores[0, 0].numel()
+    tile = rows_backward_tile(sources.shape[-1], num_rows)
+    with torch.cuda.device_of(sources):
+        kernels().rows_backward[(num_tokens,)](
+            *(scores, sources, rows_gradient, stat_gradient, scores_gradient, sources_gradient),
+            *(num_tokens, num_sources, num_rows),
+            **_phase_one_constants(scores, sources, form, tile),
+            maxnreg=ROWS_BACKWARD_REGISTERS,
+        )
+    return scores_gradient
 
 
-@functools.cache
-def _kernels() -> ModuleType:
-    from . import depth_triton_attnres
-
-    return depth_triton_attnres
-
-
-def _uses_kernel(impl: str, like: torch.Tensor) -> bool:
-    if impl not in ("torch", "triton"):
-        raise ValueError(f'`impl` must be "torch" or "triton", got {impl!r}.')
-    if impl == "triton" and (reason := available(like.device, like.dtype, like.shape[-1])):
-        raise ValueError(f'`impl="triton"` needs tensors that the kernels can run on: {reason}.')
-    return impl == "triton"
+def _check_phase_one(function: str, scores: torch.Tensor, sources: torch.Tensor, form: str):
+    check_no_gradients(function, scores=scores, sources=sources)
+    if form not in ("mean", "sum"):
+        raise ValueError(f'`form` must be "mean" or "sum", got {form!r}.')
+    wide = torch.promote_types(sources.dtype, torch.float32)
+    shape = (len(sources), *scores.shape[1:2], *sources.shape[1:-1])
+    check_tensor("scores", scores, shape, wide, sources.device)
 
 
-def _check(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-    if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != device):
-        got = f"{list(tensor.shape)}, {tensor.dtype}, {tensor.device}"
-        raise ValueError(f"`{name}` must be {list(shape)}, {dtype}, {device}, got {got}.")
+def _phase_one_constants(scores: torch.Tensor, sources: torch.Tensor, form: str, tile: Tile) -> dict:
+    num_sources, num_rows = (power_of_two(size) for size in scores.shape[:2])
+    constants = {"SUM": form == "sum", "D": sources.shape[-1], "WIDTH": tile.width, "num_warps": tile.warps}
+    return {**constants, "SOURCES": num_sources, "ROWS": num_rows}
 
 
-def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def phase_one_weights(scores, form) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax and weights `[n, ...]`, and stat `[...]`, of scores `[n, ...]`."""
+    largest = scores.amax(0)
+    exponentials = torch.exp(scores - largest)
+    total = exponentials.sum(0)
+    softmax = exponentials / total
+    if form == "mean":
+        return softmax, softmax, largest + torch.log(total)
+    excess = (exponentials * len(scores) - total) / total
+    return softmax, excess, -(largest + torch.log(total / len(scores))) / 2
 
 
-def _rms_norm(values: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm as Llama's: statistics in fp32 at least, rounded, then times `weight`."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(values.dtype)
+def _phase_one_reference(scores, sources, form) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference of [`phase_one_rows`], with its arguments and results."""
+    _, weights, stat = phase_one_weights(scores, form)
+    rows = sum(weight.unsqueeze(-1) * source for weight, source in zip(weights, sources))
+    return rows.to(sources.dtype), stat
+
+
+def _phase_one_backward_reference(
+    rows_gradient, stat_gradient, scores, sources, form, sources_gradient
+) -> torch.Tensor:
+    """The reference of [`phase_one_rows_backward`], with its arguments and results."""
+    softmax, weights, _ = phase_one_weights(scores, form)
+    rows_gradient = rows_gradient.to(scores.dtype)
+    weights_gradient = torch.stack([(rows_gradient * source).sum(-1) for source in sources])
+    if sources_gradient is not None:
+        for weight, total in zip(weights, sources_gradient):
+            total += (weight.unsqueeze(-1) * rows_gradient).sum(0).to(total.dtype)
+    if form == "sum":
+        weights_gradient = weights_gradient * len(sources)
+    through_all = (softmax * weights_gradient).sum(0)
+    if stat_gradient is not None:
+        through_all = through_all - stat_gradient * (1 if form == "mean" else -0.5)
+    return softmax * (weights_gradient - through_all)
 
 
 # --- Phase 2 ---------------------------------------------------------------------------------------------------------
@@ -189,13 +253,13 @@ def merge(
     if (norm_weight is None) != (norm_eps is None):
         raise ValueError(f"`norm_weight` and `norm_eps` must be given together, got norm_eps={norm_eps}.")
     for name, tensor in {"row": row, "output": output, "stream": stream}.items():
-        _check(name, tensor, like.shape, like.dtype, like.device)
+        check_tensor(name, tensor, like.shape, like.dtype, like.device)
     wide = torch.promote_types(like.dtype, torch.float32)
-    _check("query", query, like.shape[-1:], wide, like.device)
-    _check("stat", stat, like.shape[:-1], wide, like.device)
-    _check("norm_floor", norm_floor, (), wide, like.device)
-    _check("norm_weight", norm_weight, like.shape[-1:], like.dtype, like.device)
-    if not _uses_kernel(impl, like):
+    check_tensor("query", query, like.shape[-1:], wide, like.device)
+    check_tensor("stat", stat, like.shape[:-1], wide, like.device)
+    check_tensor("norm_floor", norm_floor, (), wide, like.device)
+    check_tensor("norm_weight", norm_weight, like.shape[-1:], like.dtype, like.device)
+    if not uses_kernel(impl, like):
         return _merge_reference(
             row, stat, query, recent, norm_floor, output, stream, num_sources, norm_weight, norm_eps
         )
@@ -227,7 +291,7 @@ def _merge_reference(
         base = stream.to(query.dtype) if row is None else stream.to(query.dtype) + row
         mix = (1 - taken) * base + taken * num_sources * values
     mix = mix.to(recent.dtype)
-    normed = None if norm_weight is None else _rms_norm(mix, norm_weight, norm_eps)
+    normed = None if norm_weight is None else rms_norm(mix, norm_weight, norm_eps)
     return Merged(mix, relative, recent, stream, normed)
 
 
@@ -236,7 +300,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, row, stat, query, recent, norm_floor, output, stream, num_sources, norm_weight, norm_eps):
-        row, stat, query, recent, output, stream, weight = _contiguous(
+        row, stat, query, recent, output, stream, weight = contiguous(
             row, stat, query, recent, output, stream, norm_weight
         )
         like = output if recent is None else recent
@@ -247,7 +311,7 @@ class _Merge(torch.autograd.Function):
         saved = stat.new_empty(3, stat.numel())
         tile = merge_tile(like.shape[-1])
         with torch.cuda.device_of(like):
-            _kernels().merge_forward[(stat.numel(),)](
+            kernels().merge_forward[(stat.numel(),)](
                 *(row, stat, query, norm_floor, recent, output, stream, weight),
                 *(mix, relative, new_recent, new_stream, normed, saved),
                 *(stat.numel(), num_sources or 1, norm_eps or 0.0),
@@ -268,7 +332,7 @@ class _Merge(torch.autograd.Function):
     def backward(ctx, mix_gradient, relative_gradient, values_gradient, stream_gradient, normed_gradient):
         mix, values, query, weight, relative, saved = ctx.saved_tensors
         is_sum, given = ctx.num_sources is not None, ctx.given
-        gradients = _contiguous(mix_gradient, normed_gradient, relative_gradient, values_gradient, stream_gradient)
+        gradients = contiguous(mix_gradient, normed_gradient, relative_gradient, values_gradient, stream_gradient)
 
         def new(needed: bool) -> torch.Tensor | None:
             return torch.empty_like(mix) if needed else None
@@ -284,7 +348,7 @@ class _Merge(torch.autograd.Function):
         num_programs = min(num_tokens, BACKWARD_PROGRAMS)
         partial = query.new_empty(1 if normed_gradient is None else 2, num_programs, hidden_size)
         with torch.cuda.device_of(mix):
-            _kernels().merge_backward[(num_programs, -(-hidden_size // tile.width))](
+            kernels().merge_backward[(num_programs, -(-hidden_size // tile.width))](
                 *(mix, values, query, weight, relative, saved, *gradients),
                 *(to_row, to_stat, to_values, to_stream, to_output, partial, num_tokens, ctx.num_sources or 1),
                 SUM=is_sum,
@@ -299,3 +363,6 @@ class _Merge(torch.autograd.Function):
             to_stream = to_row
         to_weight = to_weight[0].to(weight.dtype) if to_weight else None
         return to_row, to_stat, to_query, to_values, None, to_output, to_stream, None, to_weight, None
+
+
+__all__ = ["Merged", "available", "merge", "phase_one_rows", "phase_one_rows_backward"]

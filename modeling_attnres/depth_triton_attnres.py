@@ -258,3 +258,203 @@ def merge_backward(
     _store(partial_ptr, program * D, columns, to_query, mask)
     if normed_gradient_ptr is not None:
         _store(partial_ptr, (num_programs + program) * D, columns, to_weight, mask)
+
+
+@triton.jit
+def _phase_one_weights(exponentials, total, inverse_total, num_sources, SUM: tl.constexpr):
+    """Softmax, or its excess over the uniform weights times n: exactly 0 where all exponentials are 1.
+
+    Every thread computes the weights of all R rows, so the one division is done before, once for all sources.
+    """
+    if SUM:
+        weights = (exponentials * num_sources - total) * inverse_total
+    else:
+        weights = exponentials * inverse_total
+    return weights
+
+
+@triton.jit
+def _load_scores(scores_ptr, token, rows, num_sources, num_rows, num_tokens, SOURCES: tl.constexpr):
+    """A token's scores `[SOURCES, ROWS]`; minus infinity beyond n, 0 beyond R."""
+    sources = tl.arange(0, SOURCES)[:, None]
+    inside = (sources < num_sources) & (rows[None, :] < num_rows)
+    offsets = (sources * num_rows + rows[None, :]) * num_tokens + token
+    scores = tl.load(scores_ptr + offsets, mask=inside, other=float("-inf"))
+    return tl.where(rows[None, :] < num_rows, scores, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sources", "num_rows"])
+def rows_forward(
+    scores_ptr,
+    sources_ptr,
+    rows_ptr,
+    stat_ptr,
+    num_tokens,
+    num_sources,
+    num_rows,
+    SUM: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOURCES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """R rows of `phase_one_rows` for one token and WIDTH columns, kept in registers while the sources are read once."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    mask = columns < D
+    rows = tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    scores = _load_scores(scores_ptr, token, rows, num_sources, num_rows, num_tokens, SOURCES)
+    largest = tl.max(scores, 0)
+    total = tl.sum(tl.exp(scores - largest[None, :]), 0)
+    inverse_total = tl.div_rn(1.0, total)
+    if tl.program_id(1) == 0:
+        if SUM:
+            # The logarithm of 1 need not be exactly 0 on a device.
+            mean = tl.div_rn(total, num_sources * 1.0)
+            stat = -0.5 * (largest + tl.where(mean == 1.0, 0.0, tl.log(mean)))
+        else:
+            stat = largest + tl.log(total)
+        tl.store(stat_ptr + rows * num_tokens + token, stat, mask=is_row)
+
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    for source in range(num_sources):
+        score = tl.load(scores_ptr + (source * num_rows + rows) * num_tokens + token, mask=is_row, other=0.0)
+        weights = _phase_one_weights(tl.exp(score - largest), total, inverse_total, num_sources, SUM)
+        values = _load(sources_ptr, (source * num_tokens + token) * D, columns, mask)
+        sums += weights[:, None] * values[None, :]
+    pointers = rows_ptr + (rows[:, None] * num_tokens + token) * D + columns[None, :]
+    tl.store(pointers, sums.to(rows_ptr.dtype.element_ty), mask=is_row[:, None] & mask[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sources", "num_rows"])
+def rows_backward(
+    scores_ptr,
+    sources_ptr,
+    rows_gradient_ptr,
+    stat_gradient_ptr,
+    to_scores_ptr,
+    to_sources_ptr,
+    num_tokens,
+    num_sources,
+    num_rows,
+    SUM: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOURCES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`phase_one_rows_backward` for one token, in one warp: its sums over rows and over columns need no barrier.
+
+    `to_sources` is added to in place. Each element is read and written by the one program of its token, in that order.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    scores = _load_scores(scores_ptr, token, rows, num_sources, num_rows, num_tokens, SOURCES)
+    largest = tl.max(scores, 0)
+    exponentials = tl.exp(scores - largest[None, :])
+    total = tl.sum(exponentials, 0)
+    inverse_total = tl.div_rn(1.0, total)
+    slots = tl.arange(0, SOURCES)[:, None]
+
+    to_weights = tl.zeros([SOURCES, ROWS], tl.float32)
+    for first in range(0, D, WIDTH):
+        columns = first + tl.arange(0, WIDTH)
+        mask = columns < D
+        pointers = rows_gradient_ptr + (rows[:, None] * num_tokens + token) * D + columns[None, :]
+        gradient = tl.load(pointers, mask=is_row[:, None] & mask[None, :], other=0.0).to(tl.float32)
+        for source in range(num_sources):
+            start = (source * num_tokens + token) * D
+            products = tl.sum(gradient * _load(sources_ptr, start, columns, mask)[None, :], 1)
+            to_weights += tl.where(slots == source, products[None, :], 0.0)
+            if to_sources_ptr is not None:
+                score = tl.load(scores_ptr + (source * num_rows + rows) * num_tokens + token, mask=is_row, other=0.0)
+                weights = _phase_one_weights(tl.exp(score - largest), total, inverse_total, num_sources, SUM)
+                to_source = tl.sum(weights[:, None] * gradient, 0) + _load(to_sources_ptr, start, columns, mask)
+                _store(to_sources_ptr, start, columns, to_source, mask)
+
+    softmax = exponentials * inverse_total[None, :]
+    if SUM:
+        to_weights *= num_sources
+    through_all = tl.sum(softmax * to_weights, 0)
+    if stat_gradient_ptr is not None:
+        to_stat = tl.load(stat_gradient_ptr + rows * num_tokens + token, mask=is_row, other=0.0)
+        through_all += 0.5 * to_stat if SUM else -to_stat
+    to_scores = softmax * (to_weights - through_all[None, :])
+    offsets = (slots * num_rows + rows[None, :]) * num_tokens + token
+    tl.store(to_scores_ptr + offsets, to_scores, mask=(slots < num_sources) & is_row[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sources"])
+def decode_forward(
+    sources_ptr,
+    query_ptr,
+    floor_ptr,
+    output_ptr,
+    stream_ptr,
+    weight_ptr,
+    mix_ptr,
+    weights_ptr,
+    new_stream_ptr,
+    normed_ptr,
+    num_tokens,
+    num_sources,
+    eps,
+    OPENS: tl.constexpr,
+    SUM: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOURCES: tl.constexpr,
+):
+    """One token of `decode_mix`: the newest source is written, all are scored together chunk by chunk, then summed."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    mask = columns < D
+    start = token * D
+    if output_ptr is not None:
+        output = _load(output_ptr, start, columns, mask)
+        newest = ((num_sources - 1) * num_tokens + token) * D
+        grown = output
+        if not OPENS:
+            grown += _load(sources_ptr, newest, columns, mask)
+        # Other threads of the program read what this one writes: none before all have read, none too early.
+        tl.debug_barrier()
+        _store(sources_ptr, newest, columns, grown, mask)
+        tl.debug_barrier()
+
+    slots = tl.arange(0, SOURCES)
+    is_live = slots < num_sources
+    starts = (slots * num_tokens + token) * D
+    products = tl.zeros([SOURCES, CHUNK], tl.float32)
+    squares = tl.zeros([SOURCES, CHUNK], tl.float32)
+    for first in range(0, D, CHUNK):
+        part = first + tl.arange(0, CHUNK)
+        inside = is_live[:, None] & (part < D)[None, :]
+        values = tl.load(sources_ptr + starts[:, None] + part[None, :], mask=inside, other=0.0)
+        products += values * _load(query_ptr, 0, part, part < D)[None, :]
+        squares += values * values
+    floor = tl.load(floor_ptr)
+    scores = tl.div_rn(tl.sum(products, 1), tl.sqrt_rn(tl.sum(squares, 1) + floor * floor))
+    scores = tl.where(is_live, scores, float("-inf"))
+    exponentials = tl.exp(scores - tl.max(scores, 0))
+    total = tl.sum(exponentials, 0)
+    inverse_total = tl.div_rn(1.0, total)
+    tl.store(weights_ptr + slots * num_tokens + token, exponentials * inverse_total, mask=is_live)
+
+    weights = _phase_one_weights(exponentials, total, inverse_total, num_sources, SUM)
+    mix = tl.zeros([WIDTH], tl.float32)
+    for source in range(num_sources):
+        weight = tl.sum(tl.where(slots == source, weights, 0.0), 0)
+        mix += weight * _load(sources_ptr, (source * num_tokens + token) * D, columns, mask)
+    if SUM:
+        stream = _load(stream_ptr, start, columns, mask)
+        if output_ptr is not None:
+            stream = _round(stream + output, new_stream_ptr)
+            _store(new_stream_ptr, start, columns, stream, mask)
+        mix += stream
+    mix = _round(mix, mix_ptr)
+    _store(mix_ptr, start, columns, mix, mask)
+    if normed_ptr is not None:
+        _store_normed(normed_ptr, weight_ptr, mix, _inverse_rms(mix, eps, D), start, columns, mask)

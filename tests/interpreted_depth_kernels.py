@@ -4,16 +4,26 @@
 it is told to interpret. By hand: `TRITON_INTERPRET=1 python -m pytest tests/interpreted_depth_kernels.py`.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from test_depth_kernels_attnres import (
+    FORMS,
+    QUERY_SCALES,
+    assert_group_is_naive,
+    decode_arguments,
+    random_group,
+    relative_error,
+)
 from triton.runtime import interpreter
 
-from modeling_attnres.depth_kernels_attnres import available, merge
+from modeling_attnres.depth_decode_kernel_attnres import decode_mix
+from modeling_attnres.depth_kernels_attnres import available, merge, phase_one_rows, phase_one_rows_backward
 
 
-FORMS = ("mean", "sum")
 # A power of two, multiples of 16 bytes in fp32 alone and not, a real width; tokens that fill nothing.
 SHAPES = [(7, 64), (33, 96), (1, 100), (7, 100), (2, 576)]
 # Errors in norm, relative. fp32: some roundings of 6e-8. bf16: results and what backward reads of the mix are rounded,
@@ -32,10 +42,6 @@ def _to_nearest(data, source, target, rounding):
 
 
 interpreter._convert_float = _to_nearest
-
-
-def relative_error(result, exact):
-    return ((result.double() - exact).norm() / exact.norm()).item()
 
 
 def wide(tensor):
@@ -114,17 +120,42 @@ def test_merge(shape, form, dtype):
     assert_merge_is_exact(merge_arguments(shape, dtype, form, "output", norm=True), dtype)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("norm", [False, True], ids=["mix", "normed"])
+# Which outputs have a gradient decides which tensors the backward is compiled with.
+GRADIENTS_OF = {
+    "mean": [(False, ("mix",)), (True, ("normed",)), (True, ("relative",)), (True, ("recent", "normed"))],
+    "sum": [(False, ("mix",)), (True, ("normed",)), (False, ("relative", "mix")), (True, ("stream", "mix", "normed"))],
+}
+
+
 @pytest.mark.parametrize("adds", [None, "opens", "output"])
 @pytest.mark.parametrize(
-    "gradients_of", [("mix",), ("normed",), ("relative",), ("recent", "mix"), ("stream", "mix")], ids="-".join
+    ("form", "norm", "gradients_of"),
+    [(form, *case) for form, cases in GRADIENTS_OF.items() for case in cases],
+    ids=str,
 )
-def test_merge_of_some_arguments_and_gradients(form, norm, adds, gradients_of):
-    if ("normed" in gradients_of and not norm) or ("stream" in gradients_of and form == "mean"):
-        pytest.skip("no such output")
+def test_merge_of_some_arguments_and_gradients(form, norm, gradients_of, adds):
     arguments = merge_arguments((2, 3, 64), torch.float32, form, adds, norm)
     assert_merge_is_exact(arguments, torch.float32, gradients_of)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("query_scale", [0.0, 30.0], ids=["equal", "one-hot"])
+def test_merge_of_equal_and_of_one_hot_scores(query_scale, form):
+    arguments = merge_arguments((7, 100), torch.float32, form, "output", norm=True, query_scale=query_scale)
+    if query_scale == 0:
+        arguments["stat"] = torch.full((7,), math.log(4.0) if form == "mean" else 0.0)
+    gradients_of = ("normed",) if query_scale == 0 else ("recent",)  # the others' are differences near 0
+    assert_merge_is_exact(arguments, torch.float32, gradients_of)
+
+
+def test_merge_of_strided_tensors():
+    arguments = merge_arguments((6, 64), torch.float32, "sum", "output", norm=True)
+    expected = merge(**arguments, impl="triton")
+    strided = {
+        name: x.mT.contiguous().mT if torch.is_tensor(x) and x.dim() == 2 else x for name, x in arguments.items()
+    }
+    for value, strided_value in zip(expected, merge(**strided, impl="triton"), strict=True):
+        assert torch.equal(value, strided_value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -138,3 +169,87 @@ def test_merge_with_zero_queries_hands_on_the_plain_stream(has_row, adds, dtype)
     stream = arguments["stream"] + arguments["output"] if adds else arguments["stream"]
     assert torch.equal(result.mix, stream)
     assert torch.equal(result.stream, stream)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("query_scale", QUERY_SCALES.values(), ids=QUERY_SCALES)
+def test_kernels_of_a_group_are_naive_depth_attention(query_scale, form):
+    group = random_group(query_scale, torch.float32)
+    # One-hot weights have gradients that are differences of nearly equal numbers.
+    assert_group_is_naive(group, form, "triton", tolerance=2e-6 if query_scale < 1 else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("num_sources", "num_rows", "shape"), [(1, 1, (1, 64)), (5, 9, (7, 96)), (9, 8, (1, 2, 576))])
+def test_phase_one(num_sources, num_rows, shape, form, dtype):
+    scores, stat_gradient = torch.randn(num_sources, num_rows, *shape[:-1]), torch.randn(num_rows, *shape[:-1])
+    sources, held = torch.randn(2, num_sources, *shape).to(dtype)
+    rows_gradient = torch.randn(num_rows, *shape).to(dtype)
+    inputs = (rows_gradient, stat_gradient, scores, sources)
+    exact_held = held.double()
+    exact_rows, exact_stat = phase_one_rows(scores.double(), sources.double(), form)
+    exact = phase_one_rows_backward(*(x.double() for x in inputs), form, exact_held)
+    without_stat = phase_one_rows_backward(rows_gradient.double(), None, *(x.double() for x in inputs[2:]), form)
+
+    rows, stat = phase_one_rows(scores, sources, form, impl="triton")
+    assert relative_error(rows, exact_rows) < TOLERANCE[dtype]
+    assert rows.dtype == dtype
+    assert relative_error(stat, exact_stat) < TOLERANCE[torch.float32]
+    scores_gradient = phase_one_rows_backward(*inputs, form, held, impl="triton")
+    assert relative_error(held, exact_held) < TOLERANCE[dtype]
+    torch.testing.assert_close(scores_gradient.double(), exact, rtol=1e-5, atol=1e-5 * num_rows)  # sums over D in fp32
+    scores_gradient = phase_one_rows_backward(rows_gradient, None, scores, sources, form, impl="triton")
+    torch.testing.assert_close(scores_gradient.double(), without_stat, rtol=1e-5, atol=1e-5 * num_rows)
+
+
+def test_phase_one_with_equal_scores_is_exactly_zero():
+    scores, sources = torch.full((5, 3, 7), 3.7), 100 * torch.randn(5, 7, 96)
+    rows, stat = phase_one_rows(scores, sources, "sum", impl="triton")
+    assert not rows.any()
+    assert torch.equal(stat, scores[0] / -2)
+
+
+def test_phase_one_with_one_hot_scores():
+    scores, sources = torch.randn(5, 3, 7), torch.randn(5, 7, 96).bfloat16()
+    scores[2] += 200
+    rows, stat = phase_one_rows(scores, sources, "mean", impl="triton")
+    assert torch.equal(rows, sources[2].expand_as(rows))
+    assert torch.equal(stat, scores[2])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("query_scale", QUERY_SCALES.values(), ids=QUERY_SCALES)
+@pytest.mark.parametrize("adds", [None, "opens", "adds"])
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (7, 1, 100)), (torch.bfloat16, (1, 5, 64))], ids=str)
+def test_decode(dtype, shape, adds, query_scale, form):
+    arguments = decode_arguments(form, query_scale, torch.float32, shape[:-1], shape[-1])
+    if form == "sum":
+        arguments["stream"] = arguments["stream"].to(dtype)
+    arguments |= {"num_sources": 4 if adds == "opens" else 3, "opens_block": adds == "opens", "norm_eps": 1e-5}
+    arguments["norm_weight"] = torch.randn(shape[-1]).to(dtype)
+    arguments |= {"output": torch.randn(shape).to(dtype)} if adds else {"dtype": dtype}
+    exact_arguments = {name: x.double() if torch.is_tensor(x) else x for name, x in arguments.items()}
+    exact_arguments["sources"] = exact_arguments["sources"].clone()
+    if form == "sum" and adds:  # its sum is rounded as it is stored
+        stream = (arguments["stream"] + arguments["output"]).double()
+        exact_arguments["stream"] = stream - exact_arguments["output"]
+    exact = decode_mix(**exact_arguments | {"dtype": torch.float64})
+
+    result = decode_mix(**arguments, impl="triton")
+    for name, value, exact_value in zip(result._fields, result, exact):
+        if exact_value is None:
+            assert value is None
+        else:
+            wide_enough = torch.float32 if name == "weights" else dtype
+            assert value.dtype == wide_enough
+            assert relative_error(value, exact_value) < TOLERANCE[wide_enough], name
+    torch.testing.assert_close(arguments["sources"].double(), exact_arguments["sources"], equal_nan=True)
+    if form == "sum" and query_scale == 0:
+        stream = arguments["stream"] + arguments["output"] if adds else arguments["stream"]
+        assert torch.equal(result.mix, stream)
+        assert torch.equal(result.stream, stream)
+
+
+def test_available_under_the_interpreter():
+    assert available(torch.device("cpu"), torch.bfloat16, 8192, num_sources=32, num_rows=16) is None
