@@ -148,6 +148,6 @@ def _decode_kernel(
             WIDTH=tile.width,
             CHUNK=decode_chunk(hidden_size, num_sources),
             SOURCES=power_of_two(num_sources),
-            num_warps=tile.warps,
+            **tile.options(),
         )
     return Decoded(mix, weights, stream if new_stream is None else new_stream, normed)

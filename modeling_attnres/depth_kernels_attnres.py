@@ -27,7 +27,6 @@ from torch.autograd.function import once_differentiable
 
 from .depth_launch_attnres import (
     BACKWARD_PROGRAMS,
-    ROWS_BACKWARD_REGISTERS,
     Tile,
     available,
     check_no_gradients,
@@ -123,7 +122,6 @@ def phase_one_rows_backward(
             *(scores, sources, rows_gradient, stat_gradient, scores_gradient, sources_gradient),
             *(num_tokens, num_sources, num_rows),
             **_phase_one_constants(scores, sources, form, tile),
-            maxnreg=ROWS_BACKWARD_REGISTERS,
         )
     return scores_gradient
 
@@ -139,8 +137,8 @@ def _check_phase_one(function: str, scores: torch.Tensor, sources: torch.Tensor,
 
 def _phase_one_constants(scores: torch.Tensor, sources: torch.Tensor, form: str, tile: Tile) -> dict:
     num_sources, num_rows = (power_of_two(size) for size in scores.shape[:2])
-    constants = {"SUM": form == "sum", "D": sources.shape[-1], "WIDTH": tile.width, "num_warps": tile.warps}
-    return {**constants, "SOURCES": num_sources, "ROWS": num_rows}
+    constants = {"SUM": form == "sum", "D": sources.shape[-1], "WIDTH": tile.width}
+    return {**constants, "SOURCES": num_sources, "ROWS": num_rows, **tile.options()}
 
 
 def phase_one_weights(scores, form) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -318,7 +316,7 @@ class _Merge(torch.autograd.Function):
                 SUM=stream is not None,
                 D=like.shape[-1],
                 WIDTH=tile.width,
-                num_warps=tile.warps,
+                **tile.options(),
             )
         ctx.set_materialize_grads(False)
         values = like if new_recent is None else new_recent
@@ -354,7 +352,7 @@ class _Merge(torch.autograd.Function):
                 SUM=is_sum,
                 D=hidden_size,
                 WIDTH=tile.width,
-                num_warps=tile.warps,
+                **tile.options(),
             )
         to_query, *to_weight = partial.sum(1).unbind()
         if not is_sum and given["output"]:

@@ -41,17 +41,31 @@ BACKWARD_PROGRAMS = 512
 # Phase 1: a program per token and slice of columns. A thread holds 32 elements of the R sums.
 ROWS_ELEMENTS, ROWS_WIDTH, ROWS_WARPS = 8192, 1024, 8
 # Backward of phase 1: one warp per token, so that sums over rows and over columns stay within the warp.
-# Given fewer registers than there are, the assembler spills some to make room for one more program.
-ROWS_BACKWARD_ELEMENTS, ROWS_BACKWARD_WIDTH, ROWS_BACKWARD_REGISTERS = 2048, 256, 255
-# Decoding: tokens are few, so each gets many threads, of 8 elements. The sources are scored in chunks of as many.
-DECODE_ELEMENTS = 8
+ROWS_BACKWARD_ELEMENTS, ROWS_BACKWARD_WIDTH = 2048, 256
+# Decoding: tokens are few, so each gets many threads, of 8 elements and all the registers there are. The sources are scored
+# in chunks of 4 elements a thread, several of which then load at a time.
+DECODE_ELEMENTS, DECODE_CHUNK_ELEMENTS = 8, 4
+# Registers of a multiprocessor, and the most that a thread can have.
+REGISTERS, THREAD_REGISTERS = 65536, 255
 
 
 class Tile(NamedTuple):
-    """Columns of a tile, a power of two, and warps (of 32 threads) of the program that holds it."""
+    """How one program of a kernel is laid out.
+
+    Attributes:
+        width: columns of its tile, a power of two.
+        warps: of 32 threads.
+        registers: the most that a thread may take; `None` leaves it to the assembler, which aims at many programs at a
+            time and may spill a few bytes for one more.
+    """
 
     width: int
     warps: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        """As Triton takes them at a launch."""
+        return {"num_warps": self.warps, "maxnreg": self.registers}
 
 
 def power_of_two(number: int) -> int:
@@ -76,17 +90,18 @@ def rows_tile(hidden_size: int, num_rows: int) -> Tile:
 
 def rows_backward_tile(hidden_size: int, num_rows: int) -> Tile:
     width = min(ROWS_BACKWARD_WIDTH, ROWS_BACKWARD_ELEMENTS // power_of_two(num_rows), power_of_two(hidden_size))
-    return Tile(width, 1)
+    return Tile(width, 1, THREAD_REGISTERS)
 
 
 def decode_tile(hidden_size: int) -> Tile:
     width = max(256, power_of_two(hidden_size))
-    return Tile(width, min(16, width // (32 * DECODE_ELEMENTS)))
+    warps = min(16, width // (32 * DECODE_ELEMENTS))
+    return Tile(width, warps, min(THREAD_REGISTERS, REGISTERS // (32 * warps)))
 
 
 def decode_chunk(hidden_size: int, num_sources: int) -> int:
     """Columns of the `[n, columns]` tile in which a decode step scores all sources."""
-    elements = 32 * DECODE_ELEMENTS * decode_tile(hidden_size).warps
+    elements = 32 * DECODE_CHUNK_ELEMENTS * decode_tile(hidden_size).warps
     return max(16, elements // power_of_two(num_sources))
 
 
@@ -119,12 +134,14 @@ def _why_not_on(device: torch.device) -> str | None:
 
 @functools.cache
 def kernels() -> ModuleType:
+    """The module of the Triton kernels, imported when it is first asked for."""
     from . import depth_triton_attnres
 
     return depth_triton_attnres
 
 
 def uses_kernel(impl: str, like: torch.Tensor, num_sources: int = 1, num_rows: int = 1) -> bool:
+    """Whether `impl` asks for a kernel, which must then be able to run on tensors like `like` `[..., D]`."""
     if impl not in ("torch", "triton"):
         raise ValueError(f'`impl` must be "torch" or "triton", got {impl!r}.')
     if impl == "triton" and (reason := available(like.device, like.dtype, like.shape[-1], num_sources, num_rows)):

@@ -15,15 +15,15 @@
 
 Letters: M tokens, D hidden size, n sources, R rows (queries read together).
 
-Every kernel gives a program one token and computes in fp32. A pointer that is `None` is a tensor that the call does not
-have: Triton compiles a kernel for the pointers that are there. Tiles are as wide as the next power of two, and what lies
-beyond D is masked.
+Every kernel works token by token in fp32. A pointer is `None` where the call has no such tensor, and Triton compiles a
+kernel for the pointers that are there. Tiles are powers of two wide; columns beyond D are masked.
 
-Zero queries must leave the stream of "sum" as it is, so the weights that anchor it are written such that equal scores
-make them exactly 0 whatever the rounding of a division; products of 0 and finite values then add nothing.
+Zero queries must leave the stream of "sum" as it is. The weights that anchor it are therefore written such that equal
+scores make them exactly 0, however a division rounds. Products of 0 and finite values then add nothing.
 """
 
-try:  # code of a checkpoint is refused where a plain import of it is not installed, even if nothing asks for this file
+# Transformers refuses a checkpoint whose code imports what is not installed, unless the import is in a `try`.
+try:
     import triton
     import triton.language as tl
 except ImportError as error:
@@ -189,8 +189,8 @@ def merge_backward(
         if normed_gradient_ptr is not None:
             inverse_rms = tl.load(saved_ptr + 2 * num_tokens + token)
 
-        # Inner products over all columns. `away` is what the mix moves along when the recent source gets more weight:
-        # d mix / d relative is a scalar times (n recent - mix), or (recent - mix), so the rows are not needed.
+        # Inner products over all columns. A larger share of the recent source moves the mix along `away`: the derivative
+        # of the mix by the relative score is a scalar times n recent - mix ("sum") or recent - mix, without the row.
         normed_along = tl.zeros([WIDTH], tl.float32)
         normed_away = tl.zeros([WIDTH], tl.float32)
         mix_away = tl.zeros([WIDTH], tl.float32)
@@ -207,9 +207,14 @@ def merge_backward(
                 mix_away += mix * away
             if mix_gradient_ptr is not None:
                 direct_away += _load(mix_gradient_ptr, start, every, inside) * away
-        normed_share = inverse_rms * inverse_rms * (tl.sum(normed_along, 0) / D)
-        gradient_away = inverse_rms * (tl.sum(normed_away, 0) - normed_share * tl.sum(mix_away, 0))
-        gradient_away += tl.sum(direct_away, 0)
+        normed_share = 0.0
+        gradient_away = 0.0
+        if normed_gradient_ptr is not None:
+            # Gradient of the mix through its norm: inverse_rms * (scaled - normed_share * mix).
+            normed_share = inverse_rms * inverse_rms * (tl.sum(normed_along, 0) / D)
+            gradient_away += inverse_rms * (tl.sum(normed_away, 0) - normed_share * tl.sum(mix_away, 0))
+        if mix_gradient_ptr is not None:
+            gradient_away += tl.sum(direct_away, 0)
 
         kept, taken = _merge_shares(tl.load(relative_ptr + token), num_sources, SUM)
         if SUM:
@@ -222,7 +227,7 @@ def merge_backward(
         tl.store(to_stat_ptr + token, to_relative)
         to_score = 0.5 * to_relative if SUM else -to_relative
 
-        # This slice is read once more, from the cache: kept in registers it would leave none for the sums over tokens.
+        # The slice is read again, from the cache. Kept in registers it would leave none for the sums over tokens.
         gradient = tl.zeros([WIDTH], tl.float32)
         if normed_gradient_ptr is not None:
             normed_gradient = _load(normed_gradient_ptr, start, columns, mask)
@@ -264,7 +269,7 @@ def merge_backward(
 def _phase_one_weights(exponentials, total, inverse_total, num_sources, SUM: tl.constexpr):
     """Softmax, or its excess over the uniform weights times n: exactly 0 where all exponentials are 1.
 
-    Every thread computes the weights of all R rows, so the one division is done before, once for all sources.
+    Every thread computes the weights of all R rows for every source, so the division is done once, before.
     """
     if SUM:
         weights = (exponentials * num_sources - total) * inverse_total
@@ -346,7 +351,7 @@ def rows_backward(
 ):
     """`phase_one_rows_backward` for one token, in one warp: its sums over rows and over columns need no barrier.
 
-    `to_sources` is added to in place. Each element is read and written by the one program of its token, in that order.
+    `to_sources` is added to in place: a token's elements are read and written by its own program alone.
     """
     token = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, ROWS)
@@ -419,7 +424,7 @@ def decode_forward(
         grown = output
         if not OPENS:
             grown += _load(sources_ptr, newest, columns, mask)
-        # Other threads of the program read what this one writes: none before all have read, none too early.
+        # Threads read what others write. The first barrier ends all reads of the old values, the second all writes.
         tl.debug_barrier()
         _store(sources_ptr, newest, columns, grown, mask)
         tl.debug_barrier()

@@ -3,6 +3,8 @@
 `test_depth_kernels_attnres.py` runs this file in a process of its own, with a cache of its own.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
@@ -90,6 +92,17 @@ def test_resources_are_tabled_and_nothing_is_spilled(tmp_path, capsys):
     assert all(1 <= int(cell) <= 255 for row in rows.values() for cell in row[3:5])  # and no "(... spilled)"
     assert int(rows["merge"][3]) < 200
     assert text.count(capsys.readouterr().out.strip()) == 1
+
+
+def test_the_documented_table_is_of_all_kernels():
+    document = (Path(__file__).parents[1] / "docs/kernels.md").read_text(encoding="utf-8")
+    assert "python -m modeling_attnres.eval.bench.kernel_resources --document docs/kernels.md" in document
+    table = document.split(kernel_resources.BEGIN)[1].split(kernel_resources.END)[0].strip().splitlines()
+    cells = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in table[2:]]
+    expected = {(case.kernel, str(case.hidden_size)): case.tile() for case in kernel_resources.cases()}
+    assert [cell[:2] for cell in cells] == list(expected)
+    assert all(cell[2].endswith(f"{tile.width} x {tile.warps}") for cell, tile in zip(cells, expected.values()))
+    assert "spilled" not in "".join(table)
 
 
 def test_a_document_without_marks_is_refused(tmp_path):

@@ -5,6 +5,8 @@ it is told to interpret. By hand: `TRITON_INTERPRET=1 python -m pytest tests/int
 """
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +22,13 @@ from test_depth_kernels_attnres import (
 )
 from triton.runtime import interpreter
 
+from modeling_attnres import depth_kernels_attnres
 from modeling_attnres.depth_decode_kernel_attnres import decode_mix
 from modeling_attnres.depth_kernels_attnres import available, merge, phase_one_rows, phase_one_rows_backward
 
 
+DOCUMENT = (Path(__file__).parents[1] / "docs/kernels.md").read_text(encoding="utf-8")
+TRAFFIC = DOCUMENT.split("## Launches and memory")[1].split("\n## ")[0]
 # A power of two, multiples of 16 bytes in fp32 alone and not, a real width; tokens that fill nothing.
 SHAPES = [(7, 64), (33, 96), (1, 100), (7, 100), (2, 576)]
 # Errors in norm, relative. fp32: some roundings of 6e-8. bf16: results and what backward reads of the mix are rounded,
@@ -253,3 +258,98 @@ def test_decode(dtype, shape, adds, query_scale, form):
 
 def test_available_under_the_interpreter():
     assert available(torch.device("cpu"), torch.bfloat16, 8192, num_sources=32, num_rows=16) is None
+
+
+class Traffic:
+    """Stands in for the interpreter's memory: counts what is read and written by address, so that a cached one counts once."""
+
+    def __init__(self, memory):
+        self.memory, self.addresses = memory, {}
+
+    def load(self, pointers, mask, other, dtype):
+        self.note("read", pointers, mask, np.dtype(dtype).itemsize)
+        return self.memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, values, mask):
+        self.note("written", pointers, mask, values.dtype.itemsize)
+        return self.memory.store(pointers, values, mask)
+
+    def note(self, kind, pointers, mask, size):
+        pointers, mask = np.broadcast_arrays(pointers, mask)
+        self.addresses.setdefault((kind, size), []).append(pointers[mask])
+
+    def bytes(self):
+        return sum(size * np.unique(np.concatenate(parts)).size for (_, size), parts in self.addresses.items())
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """Calls a function and returns its result, and what its kernels moved, in elements of D in bf16 per token."""
+
+    def measure(function, tokens, hidden_size):
+        traffic = Traffic(memory)
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter, "_interpreter", traffic)
+            result = function()
+        return result, traffic.bytes() / (2 * tokens * hidden_size)
+
+    memory = interpreter._interpreter
+    return measure
+
+
+def documented(kernel):
+    (row,) = re.findall(rf"^\| {kernel} \|.*$", TRAFFIC, re.MULTILINE)
+    return row
+
+
+def test_documented_traffic_of_the_merge(moved, monkeypatch):
+    monkeypatch.setattr(depth_kernels_attnres, "BACKWARD_PROGRAMS", 1)
+    tokens, hidden_size, found = 16, 1024, {}
+    for form in FORMS:
+        arguments = merge_arguments((tokens, hidden_size), torch.bfloat16, form, "output", norm=True)
+        leaves = {name: x.requires_grad_(x.dim() > 0) if torch.is_tensor(x) else x for name, x in arguments.items()}
+        merged, forward = moved(lambda leaves=leaves: merge(**leaves, impl="triton"), tokens, hidden_size)
+        total = merged.normed.sum() + merged.recent.sum() + (merged.stream.sum() if form == "sum" else 0)
+        _, backward = moved(total.backward, tokens, hidden_size)
+        found[form] = (forward, backward)
+    # Query, norm weight, sums over tokens and scalars come on top; they are less than half of D at 16 tokens.
+    assert documented("merge") == f"| merge | 1 | {int(found['mean'][0])} | {int(found['sum'][0])} |"
+    assert (
+        documented("merge, backward") == f"| merge, backward | 2 | {int(found['mean'][1])} | {int(found['sum'][1])} |"
+    )
+    assert all(figure % 1 < 0.5 for figures in found.values() for figure in figures)
+
+
+@torch.no_grad()
+def test_documented_traffic_of_phase_one_and_of_decoding(moved):
+    tokens, hidden_size, num_sources, num_rows = 2, 2048, 5, 8
+    scores, sources = (
+        torch.randn(num_sources, num_rows, tokens),
+        torch.randn(num_sources, tokens, hidden_size).bfloat16(),
+    )
+    for form in FORMS:
+        (rows, _), forward = moved(
+            lambda form=form: phase_one_rows(scores, sources, form, impl="triton"), tokens, hidden_size
+        )
+        arguments = (rows, None, scores, sources, form, torch.zeros_like(sources), "triton")
+        _, backward = moved(lambda arguments=arguments: phase_one_rows_backward(*arguments), tokens, hidden_size)
+        assert forward == pytest.approx(num_sources + num_rows, abs=0.1)  # and scores
+        assert backward == pytest.approx(3 * num_sources + num_rows, abs=0.1)
+    bank = torch.randn(num_sources, tokens, hidden_size)
+    arguments = {
+        "output": sources[0],
+        "norm_weight": torch.ones(hidden_size).bfloat16(),
+        "norm_eps": 1e-5,
+        "impl": "triton",
+    }
+    query, floor = torch.randn(hidden_size), torch.tensor(0.1)
+    _, mean = moved(lambda: decode_mix(bank, num_sources, query, floor, **arguments), tokens, hidden_size)
+    _, anchored = moved(
+        lambda: decode_mix(bank, num_sources, query, floor, stream=sources[1], **arguments), tokens, hidden_size
+    )
+    shared = (2 + 1) / tokens  # query in fp32 and norm weight
+    assert mean == pytest.approx(2 * num_sources + 5 + shared, abs=0.1)
+    assert anchored == pytest.approx(2 * num_sources + 7 + shared, abs=0.1)
+    assert documented("phase 1") == "| phase 1 | 1 / R | n / R + 1 | n / R + 1 |"
+    assert documented("phase 1, backward") == "| phase 1, backward | 1 / R | 3 n / R + 1 | 3 n / R + 1 |"
+    assert documented("decode") == "| decode | 1 | 2 n + 5 | 2 n + 7 |"

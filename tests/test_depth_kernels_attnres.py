@@ -3,6 +3,7 @@ kernels themselves, each way in a process of its own."""
 
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -234,6 +235,16 @@ WRONG = {
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_documented_example_runs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    document = (Path(__file__).parents[1] / "docs/kernels.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["impl"] == "torch"  # on CPU tensors
+    assert names["merged"].mix.shape == names["merged"].recent.shape == (32, 576)
 
 
 def run_tests(name: str, **environment: str):

@@ -85,10 +85,6 @@ class Case:
             "ROWS": launch.power_of_two(NUM_ROWS),
         }
 
-    def options(self) -> dict[str, int]:
-        limit = {"maxnreg": launch.ROWS_BACKWARD_REGISTERS} if self.kernel == "phase 1, backward" else {}
-        return {"num_warps": self.tile().warps, **limit}
-
     def type_of(self, argument: str) -> str | None:
         """The type of a kernel's argument as Triton writes it; `None` for a tensor that the form does not have."""
         if argument in INTEGERS:
@@ -125,7 +121,7 @@ def compile_case(case: Case, compute_capability: int) -> Resources:
             signature[argument], constants[(index,)] = "constexpr", value
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", compute_capability, 32)
-    compiled = triton.compile(source, target=target, options=case.options())
+    compiled = triton.compile(source, target=target, options=case.tile().options())
     return Resources(*_registers_and_stack(compiled.asm["cubin"]), compiled.metadata.shared)
 
 
