@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-vllm test-matrix test-oldest bench lint wheel clean
+.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench lint wheel clean
 
 install: .venv/installed
 
@@ -21,6 +21,11 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The kernels, without a GPU: under Triton's interpreter and compiled ahead of time. Installs Triton (200 MB).
+test-kernels: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[triton]"
+	$(BIN)/python -m pytest tests/test_depth_kernels_attnres.py
 
 # vLLM in an environment of its own (3.4 GB, some minutes), with this package beside it. What vLLM asks for of
 # torchvision, torchaudio and torchcodec is built for CUDA, and does not import where there is none.

@@ -49,6 +49,8 @@ EXTRAS["dev"] = sorted({requirement for requirements in EXTRAS.values() for requ
     "setuptools>=77",
     "torchao>=0.18",
 ]
+# Not in "dev": 200 MB that nothing but the kernels' own tests needs.
+EXTRAS["triton"] = ["triton>=3.5,<4; platform_system == 'Linux'"]
 
 setup(
     name="modeling-attnres",

@@ -92,7 +92,10 @@ def test_the_metadata_says_what_to_install(metadata):
     assert (fields["License-Expression"] or fields["License"], fields["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     required = [line for line in fields.get_all("Requires-Dist") if "extra ==" not in line]
     assert {"torch", "transformers", "safetensors"} <= {re.match(r"[\w-]+", line).group() for line in required}
-    assert set(fields.get_all("Provides-Extra")) >= {"dev", "eval", "gguf", "train"}
+    assert set(fields.get_all("Provides-Extra")) >= {"dev", "eval", "gguf", "train", "triton"}
+    dev = [line for line in fields.get_all("Requires-Dist") if 'extra == "dev"' in line]
+    assert dev
+    assert not any(line.startswith("triton") for line in dev)
     assert fields.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert "Apache License" in metadata["licenses/LICENSE"]
 

@@ -1,0 +1,199 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Compiles the kernels of depth attention for NVIDIA devices, without one, and tables what each thread of them takes.
+
+    python -m modeling_attnres.eval.bench.kernel_resources --document docs/kernels.md
+
+Letters: D hidden size, n sources of a mix, R queries read together.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling_attnres import depth_launch_attnres as launch
+from modeling_attnres import depth_triton_attnres as kernels
+
+
+COMPUTE_CAPABILITIES = (80, 90, 100)
+# SmolLM2-135M, Llama-8B, Kimi K2, Llama-70B.
+HIDDEN_SIZES = (576, 4096, 7168, 8192)
+ELEMENT_SIZES = {"bf16": 2, "fp32": 4}
+NUM_SOURCES, NUM_ROWS = 9, 8
+KERNELS = {
+    "merge": kernels.merge_forward,
+    "merge, backward": kernels.merge_backward,
+    "phase 1": kernels.rows_forward,
+    "phase 1, backward": kernels.rows_backward,
+    "decode": kernels.decode_forward,
+}
+# Arguments in fp32 whatever the model's dtype; what else points to memory is in the model's, or in that of the bank.
+FP32_POINTERS = (
+    *("stat", "query", "floor", "relative", "saved", "scores", "weights", "partial"),
+    *("relative_gradient", "stat_gradient", "to_stat", "to_scores"),
+)
+INTEGERS = ("num_tokens", "num_sources", "num_rows")
+BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel: all optional tensors of its form are given."""
+
+    kernel: str
+    form: str
+    dtype: str
+    hidden_size: int
+
+    def tile(self) -> launch.Tile:
+        size = self.hidden_size
+        return {
+            "merge": lambda: launch.merge_tile(size),
+            "merge, backward": lambda: launch.merge_backward_tile(size, ELEMENT_SIZES[self.dtype]),
+            "phase 1": lambda: launch.rows_tile(size, NUM_ROWS),
+            "phase 1, backward": lambda: launch.rows_backward_tile(size, NUM_ROWS),
+            "decode": lambda: launch.decode_tile(size),
+        }[self.kernel]()
+
+    def constants(self) -> dict[str, int | bool]:
+        return {
+            "SUM": self.form == "sum",
+            "OPENS": False,
+            "D": self.hidden_size,
+            "WIDTH": self.tile().width,
+            "CHUNK": launch.decode_chunk(self.hidden_size, NUM_SOURCES),
+            "SOURCES": launch.power_of_two(NUM_SOURCES),
+            "ROWS": launch.power_of_two(NUM_ROWS),
+        }
+
+    def type_of(self, argument: str) -> str | None:
+        """The type of a kernel's argument as Triton writes it; `None` for a tensor that the form does not have."""
+        if argument in INTEGERS:
+            return "i32"
+        if argument == "eps":
+            return "fp32"
+        name = argument.removesuffix("_ptr")
+        if self.form == "mean" and (name.endswith("stream") or name in ("stream_gradient", "to_output")):
+            return None
+        in_bank = self.kernel == "decode" and name == "sources"
+        return "*fp32" if name in FP32_POINTERS or in_bank else f"*{self.dtype}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers a thread, bytes of stack a thread (spills), bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def compile_case(case: Case, compute_capability: int) -> Resources:
+    """Compiles for `compute_capability` (90 for 9.0) and asks the disassembler of Triton's wheel."""
+    kernel = KERNELS[case.kernel]
+    signature, constants, attributes = {}, {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        value = case.constants()[argument] if argument.isupper() else case.type_of(argument)
+        if isinstance(value, str):
+            signature[argument] = value
+            if value.startswith("*"):  # an allocator's pointers are multiples of 16 bytes
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument], constants[(index,)] = "constexpr", value
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", compute_capability, 32)
+    compiled = triton.compile(source, target=target, options=case.tile().options())
+    return Resources(*_registers_and_stack(compiled.asm["cubin"]), compiled.metadata.shared)
+
+
+def _registers_and_stack(binary: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        command = [str(tool), "--dump-resource-usage", str(path)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"`cuobjdump` must print REG, STACK and LOCAL, got {usage!r}.")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def cases(hidden_sizes: tuple[int, ...] = HIDDEN_SIZES) -> Iterator[Case]:
+    for kernel in KERNELS:
+        for hidden_size in hidden_sizes:
+            for dtype in ELEMENT_SIZES:
+                for form in ("mean", "sum"):
+                    yield Case(kernel, form, dtype, hidden_size)
+
+
+def table(hidden_sizes: tuple[int, ...], compute_capabilities: tuple[int, ...]) -> Iterator[str]:
+    """Lines of Markdown: a row for each kernel and D, the larger of both forms."""
+    heads = [f"{dtype}, sm_{capability}" for dtype in ELEMENT_SIZES for capability in compute_capabilities]
+    yield f"| kernel | D | columns x warps | {' | '.join(heads)} | shared memory |"
+    yield "|---" * (len(heads) + 4) + "|"
+    rows: dict[tuple[str, int], list[Case]] = {}
+    for case in cases(hidden_sizes):
+        rows.setdefault((case.kernel, case.hidden_size), []).append(case)
+    for (kernel, hidden_size), of_row in rows.items():
+        cells, shared, tiles = [], 0, []
+        for dtype in ELEMENT_SIZES:
+            of_dtype = [case for case in of_row if case.dtype == dtype]
+            tiles.append("{0.width} x {0.warps}".format(of_dtype[0].tile()))
+            for capability in compute_capabilities:
+                found = [compile_case(case, capability) for case in of_dtype]
+                spilled = max(resources.spilled for resources in found)
+                registers = max(resources.registers for resources in found)
+                cells.append(f"{registers}" + (f" ({spilled} bytes spilled)" if spilled else ""))
+                shared = max(shared, *(resources.shared for resources in found))
+        tiles = " / ".join(dict.fromkeys(tiles))
+        yield f"| {kernel} | {hidden_size} | {tiles} | {' | '.join(cells)} | {shared / 1024:.1f} KB |"
+
+
+def write_into(document: Path, text: str):
+    """Replaces what lies between the marks in `document`."""
+    before, mark, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, end_mark, after = rest.partition(END)
+    if not mark or not end_mark:
+        raise ValueError(f"`document` must hold {BEGIN!r} and {END!r}, got {str(document)!r}.")
+    temporary = document.with_suffix(".part")
+    temporary.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    temporary.replace(document)
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden-sizes", type=int, nargs="+", default=HIDDEN_SIZES, metavar="D")
+    parser.add_argument("--compute-capabilities", type=int, nargs="+", default=COMPUTE_CAPABILITIES, metavar="CC")
+    parser.add_argument("--document", type=Path, help="Markdown file with the marks between which the table belongs")
+    options = parser.parse_args(arguments)
+    lines = []
+    for line in table(tuple(options.hidden_sizes), tuple(options.compute_capabilities)):
+        lines.append(line)
+        print(line, flush=True)
+    if options.document is not None:
+        write_into(options.document, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
