@@ -25,7 +25,7 @@ test-slow: install
 # The kernels, without a GPU: under Triton's interpreter and compiled ahead of time. Installs Triton (200 MB).
 test-kernels: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[triton]"
-	$(BIN)/python -m pytest tests/test_depth_kernels_attnres.py
+	$(BIN)/python -m pytest tests/test_depth_kernels_attnres.py tests/test_depth_streams_attnres.py
 
 # vLLM in an environment of its own (3.4 GB, some minutes), with this package beside it. What vLLM asks for of
 # torchvision, torchaudio and torchcodec is built for CUDA, and does not import where there is none.

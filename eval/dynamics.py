@@ -78,7 +78,7 @@ def measure_dynamics(model: PreTrainedModel, input_ids: torch.Tensor) -> LayerDy
 
     def record(layer, arguments, keywords, output):
         magnitudes.append(
-            float(_left_behind(keywords.get("form"), output).detach().float().square().mean(-1).sqrt().mean())
+            float(_left_behind(keywords.get("depth"), output).detach().float().square().mean(-1).sqrt().mean())
         )
 
     handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
@@ -100,10 +100,10 @@ def measure_dynamics(model: PreTrainedModel, input_ids: torch.Tensor) -> LayerDy
     return LayerDynamics(magnitudes, _norm_per_layer(layers, gradients))
 
 
-def _left_behind(form, output) -> torch.Tensor:
-    """The residual stream after a PreNorm layer; after an AttnRes layer, which was given a `form`, its latest source."""
-    if form is not None:
-        return form.recents(form.outward(output[:-3]))[-1]
+def _left_behind(depth, output) -> torch.Tensor:
+    """The residual stream after a PreNorm layer; after an AttnRes layer, which was given a `depth`, its latest source."""
+    if depth is not None:
+        return depth.split(depth.outward(output[:-3]))[1][-1]
     return output[0] if isinstance(output, tuple) else output
 
 

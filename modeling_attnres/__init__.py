@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from .backbone_attnres import UnsupportedBackboneError, supported_backbones
 from .block_summaries_attnres import BlockSummaries
 from .configuration_attnres import AttnResConfig
-from .depth_attention_attnres import naive_depth_attention
+from .depth_weights_attnres import naive_depth_attention
 from .modeling_attnres import (
     AttnResForCausalLM,
     AttnResForQuestionAnswering,

@@ -29,7 +29,7 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,39 +46,14 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .compat_attnres import CACHE
+from .decoder_layer_attnres import LAYER_ARGUMENTS, LayerPlan, layer_attention_mask
 
-
-# What the model's loop hands to every decoder layer; a backbone that feeds its layers anything else is refused.
-LAYER_ARGUMENTS = ("attention_mask", "position_ids", CACHE, "use_cache", "position_embeddings")
 
 _BATCH, _TOKENS, _WIDTH = 3, 5, 4  # 3: a batch that cannot be mistaken for a pair when it is unpacked
 
 
 class UnsupportedBackboneError(ValueError):
     """The backbone is not a PreNorm decoder of the supported form; the message names the reason."""
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """How one decoder layer of the backbone is driven.
-
-    Attributes:
-        mixer_norm, mixer, feed_forward_norm, feed_forward: names of the layer's four children.
-        mixer_arguments: the token mixer's argument name -> the layer's argument name it is fed from.
-        passes_kwargs: whether further keyword arguments reach the token mixer.
-    """
-
-    mixer_norm: str
-    mixer: str
-    feed_forward_norm: str
-    feed_forward: str
-    mixer_arguments: dict[str, str] = field(hash=False)
-    passes_kwargs: bool
-
-
-def layer_attention_mask(masks: Any, config: PreTrainedConfig, layer_idx: int) -> Any:
-    """The mask of one layer out of `create_masks_for_generate`'s result, which is a dict where layer types differ."""
-    return masks[config.layer_types[layer_idx]] if isinstance(masks, dict) else masks
 
 
 def check_backbone(backbone: PreTrainedModel) -> list[LayerPlan]:
@@ -174,7 +149,7 @@ class _StandIn(nn.Module):
         super().__init__()
         # Parameters say where a model is and in which dtype; sines are as good as random numbers and disturb no seed.
         entries = torch.arange(_WIDTH * _WIDTH, dtype=torch.float64, device="cpu") * (1.7 + 0.37 * salt) + salt
-        # Not by assignment: whoever builds a model without its weights (accelerate, vLLM) moves what is assigned.
+        # Not by assignment: accelerate and vLLM, which build models without weights, move what is assigned.
         self._parameters["weight"] = nn.Parameter(torch.sin(entries).view(_WIDTH, _WIDTH), requires_grad=False)
         self.name, self.calls, self.tail = name, calls, tail
 
@@ -293,7 +268,7 @@ def _check_layer_arguments(kwargs: dict[str, Any], expected: dict[str, Any], rot
         elif name in expected:
             right = _same(value, expected[name])
         else:
-            # Defaults that no depth attention can be hurt by, such as `output_attentions=False`.
+            # Harmless defaults, such as `output_attentions=False`.
             right = value is None or value is False
         if not right:
             raise UnsupportedBackboneError(f"its model feeds its layers a `{name}` of its own")

@@ -21,105 +21,162 @@ way, and the bank's gradients pass along them as one buffer each, into which eve
 bank are saved, no sums over its readers are left to autograd, and a source's scores are differentiated all at once.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
+from .depth_weights_attnres import (
+    Coefficients,
+    Form,
+    accumulation_dtype,
+    columns,
+    derives_gradients,
+    first_derivative,
+    merge_rows,
+    product_in_fp32,
+    source_norm,
+    split_queries,
+    without_autocast,
+)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores and softmax are computed in at least fp32; fp64 stays fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@dataclass
+class BankPlan:
+    """How the device wants a bank's products. Decided by [`DepthPlan`]; the defaults hold on any device.
 
-
-def without_autocast(function: Callable) -> Callable:
-    """Keeps autocast, which is meant for the sublayers, out of depth attention: it would round scores to half precision.
-
-    The second argument of `function` must be a tensor: its device says which autocast.
+    Attributes:
+        tokens_at_once: sum the rows of phase 1 in parts of so many tokens, row by row: parts stay in a processor's cache,
+            and rows that lie apart are faster to read. `None` sums them at once, token by token.
+        reuses_rows: let every group write its rows over those of the group before, for an allocator that maps large
+            tensors into memory afresh each time.
+        in_half: score bf16 sources by products that take bf16 and accumulate in fp32.
+        alignment: leading dimensions of products are multiples of it.
+        floor_channels: how many channels a source gets behind its own in a decode step. The first holds the floor of its
+            norm, which is then part of the norm of all channels.
     """
 
-    @functools.wraps(function)
-    def wrapper(first, tensor, *args, **kwargs):
-        device = tensor.device.type
-        # Compilers before torch 2.10 cannot read whether a device has autocast at all. What they compile for, has.
-        has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-        if not (has_autocast and torch.is_autocast_enabled(device)):
-            return function(first, tensor, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(first, tensor, *args, **kwargs)
-
-    return wrapper
+    tokens_at_once: int | None = None
+    reuses_rows: bool = False
+    in_half: bool = False
+    alignment: int = 1
+    floor_channels: int = 1
 
 
-# An allocator maps and unmaps tensors of this size each time, which costs more than to fill them.
-REUSED_BYTES = 2**24
+ANY_DEVICE = BankPlan()
 
 
-# From so many tokens on, rows of phase 1 that lie apart are worth the calls that it takes to lay them out; in half
-# precision, where smaller products are faster too, from fewer on...
-MANY_TOKENS, MANY_HALF_TOKENS = 1024, 128
-# ...from products over so many tokens, which stay in a processor's cache until then.
-TOKENS_AT_ONCE = 64
+def _up_to_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
 
 
-def weighted_sum(weights: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """`[n, R, B, T]` weights and `[n, B, T, D]` sources to `[R, B, T, D]`, one small matrix product per token."""
-    rows = torch.bmm(_per_token(weights), sources.flatten(1, 2).transpose(0, 1))
-    return rows.transpose(0, 1).unflatten(1, sources.shape[1:3])
+# --- Rows of phase 1 -------------------------------------------------------------------------------------------------
 
 
-def _per_token(weights: torch.Tensor) -> torch.Tensor:
-    return weights.flatten(2).permute(2, 1, 0).contiguous()  # [M, R, n]: batched products want it so
-
-
-def _contiguous_weighted_sum(weights: torch.Tensor, sources: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """[`weighted_sum`] without gradients, for many tokens: each row `[B, T, D]` is contiguous, and faster to read.
+def weighted_sum(
+    weights: torch.Tensor, sources: torch.Tensor, plan: BankPlan = ANY_DEVICE, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`[n, R, B, T]` weights and `[n, B, T, D]` sources to rows `[R, B, T, D]`, one small matrix product per token.
 
     Args:
-        out: `[R, M, D]`, memory for the result.
+        out: `[R, M, D]`, memory for the rows where `plan` sums them in parts.
     """
-    per_token, sources_per_token = _per_token(weights), sources.flatten(1, 2).transpose(0, 1)
-    rows = sources.new_empty(weights.shape[1], *sources_per_token.shape[::2]) if out is None else out
-    for start in range(0, len(per_token), TOKENS_AT_ONCE):
-        part = slice(start, start + TOKENS_AT_ONCE)
-        rows[:, part].copy_(torch.bmm(per_token[part], sources_per_token[part]).transpose(0, 1))
+    per_token, per_source = _per_token(weights, plan.alignment), sources.flatten(1, 2).transpose(0, 1)
+    if plan.tokens_at_once is None:
+        return torch.bmm(per_token, per_source).transpose(0, 1).unflatten(1, sources.shape[1:3])
+    rows = sources.new_empty(weights.shape[1], *per_source.shape[::2]) if out is None else out
+    for start in range(0, len(per_token), plan.tokens_at_once):
+        part = slice(start, start + plan.tokens_at_once)
+        rows[:, part].copy_(torch.bmm(per_token[part], per_source[part]).transpose(0, 1))
     return rows.unflatten(1, sources.shape[1:3])
 
 
-def _sum_rows(weights: torch.Tensor, sources: torch.Tensor, memory: Callable | None = None) -> torch.Tensor:
-    # A compiler plans memory itself, and the number of tokens is free in its code.
-    if not torch.compiler.is_compiling():
-        many = MANY_HALF_TOKENS if sources.element_size() == 2 else MANY_TOKENS
-        if weights.shape[2] * weights.shape[3] >= many:
-            return _contiguous_weighted_sum(weights, sources, None if memory is None else memory(weights))
-    return weighted_sum(weights, sources)
+def _per_token(weights: torch.Tensor, alignment: int) -> torch.Tensor:
+    """`[n, R, B, T]` to `[M, R, n]`, as batched products want it."""
+    per_token, n = weights.flatten(2).permute(2, 1, 0), len(weights)
+    if n % alignment == 0:
+        return per_token.contiguous()
+    padded = per_token.new_empty(*per_token.shape[:2], _up_to_multiple(n, alignment))[..., :n]
+    return padded.copy_(per_token)
 
 
-def own_copy(row: torch.Tensor) -> torch.Tensor:
-    """A row of [`BlockSummaries.weighted_sum`] `[B, T, D]` that may be kept.
+def _rows_backward(weights: torch.Tensor, sources: torch.Tensor, rows_gradient: torch.Tensor):
+    """The weights' gradient `[n, R, B, T]`, and the two factors of the sources': `[M, n, R]` and `[M, R, D]`."""
+    per_token = rows_gradient.flatten(1, 2).transpose(0, 1)
+    products = torch.bmm(per_token, sources.flatten(1, 2).permute(1, 2, 0))  # [M, R, n]
+    return (
+        products.permute(2, 1, 0).reshape(weights.shape),
+        weights.flatten(2).permute(2, 0, 1).contiguous(),
+        per_token,
+    )
 
-    A copy where keeping the row would keep all of its group for backward, or where the next group is written over it.
+
+class _SumRows(torch.autograd.Function):
+    """Phase 1's weighted sum; in backward adds every row's gradient into the bank's in one product."""
+
+    @staticmethod
+    def forward(ctx, link, weights, bank):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weights)
+        ctx.sources = bank.sources
+        return weighted_sum(weights, bank.sources[: len(weights)], bank.plan), link.view_as(link)
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx, rows_gradient, link_gradient):
+        if rows_gradient is None:
+            return link_gradient, None, None
+        (weights,) = ctx.saved_tensors
+        n = len(weights)
+        weights_gradient, left, right = _rows_backward(weights, ctx.sources[:n], rows_gradient)
+        if ctx.needs_input_grad[0]:
+            if link_gradient is None:
+                link_gradient = torch.zeros_like(ctx.sources)
+            link_gradient[:n].flatten(1, 2).transpose(0, 1).baddbmm_(left, right)
+        return link_gradient, weights_gradient, None
+
+
+class _SumRowsOfSources(torch.autograd.Function):
+    """[`_SumRows`] for a layer that is run again in backward: it is handed every source, and their gradients are apart."""
+
+    @staticmethod
+    def forward(ctx, weights, bank, *sources):
+        ctx.save_for_backward(weights)
+        ctx.sources = bank.sources[: len(sources)]
+        if sources[0].untyped_storage()._cdata != ctx.sources.untyped_storage()._cdata:
+            # Somebody moved or cast the layer's inputs. Otherwise they are views of the bank, and a stack a copy of it.
+            ctx.sources = torch.stack(sources)
+        return weighted_sum(weights, ctx.sources, bank.plan)
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx, rows_gradient):
+        (weights,) = ctx.saved_tensors
+        weights_gradient, left, right = _rows_backward(weights, ctx.sources, rows_gradient)
+        gradients = torch.empty_like(ctx.sources)
+        torch.bmm(left, right, out=gradients.flatten(1, 2).transpose(0, 1))
+        return weights_gradient, None, *gradients.unbind(0)
+
+
+@without_autocast
+def rows_of_sources(
+    weights: torch.Tensor, first_source: torch.Tensor, bank: "BlockSummaries", sources: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Phase 1's weighted sum `[R, B, T, D]` in a layer that is run again in backward.
+
+    Args:
+        weights: `[n, R, B, T]`.
+        first_source: the first of `sources`, for its device.
+        sources: all n finished sources `[B, T, D]`, as [`BlockSummaries.append`] returned them.
     """
-    if torch.compiler.is_compiling():
-        return row  # who keeps what is the compiler's affair
-    if torch.is_grad_enabled() or row.untyped_storage().nbytes() >= REUSED_BYTES:
-        return row.clone()
-    return row
+    return _SumRowsOfSources.apply(weights.to(first_source.dtype), bank, *sources)
 
 
-def norm_with_floor(values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-    """`sqrt(sum(v^2) + D * eps)` over the last dimension, which is kept: the RMSNorm denominator times `sqrt(D)`."""
-    return hypotenuse(torch.linalg.vector_norm(values, dim=-1, keepdim=True), norm_floor)
-
-
-def hypotenuse(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`sqrt(a^2 + b^2)`; in exported programs by functions that other runtimes (ONNX) have."""
-    if not torch.compiler.is_exporting():
-        return torch.hypot(a, b, out=out)
-    result = torch.sqrt(a.square() + b.square())
-    return result if out is None else out.copy_(result)
+# --- Sources and scores ----------------------------------------------------------------------------------------------
 
 
 class _LinkSource(torch.autograd.Function):
@@ -130,12 +187,13 @@ class _LinkSource(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(queries)
         # Not saved through autograd: later slots are written while these live ones stay as they are.
-        ctx.slot = (bank.sources[slot], bank.norms[slot])
-        ctx.index = (slot, first_reader)
+        ctx.slot = (bank.sources[slot], bank.norms[slot], bank.scores[slot, first_reader:])
+        ctx.index, ctx.in_half = (slot, first_reader), bank.plan.in_half
         # Not `detach()`: later slots are written under the version counter that it would share.
         return link.view_as(link), score_link.view_as(score_link), bank.sources[slot].data
 
     @staticmethod
+    @first_derivative
     def backward(ctx, link_gradient, score_link_gradient, alias_gradient):
         slot, first_reader = ctx.index
         gradient, queries_gradient = alias_gradient, None
@@ -143,19 +201,27 @@ class _LinkSource(torch.autograd.Function):
             gradient = link_gradient[slot] if gradient is None else link_gradient[slot] + gradient
         if score_link_gradient is not None:
             (queries,) = ctx.saved_tensors
-            stored, norm = ctx.slot
-            values = stored.to(queries.dtype).flatten(0, 1)
-            dots_gradient = (score_link_gradient[slot, first_reader:] / norm).flatten(1)  # [R, M]
+            stored, norm, scores = ctx.slot
+            of_scores = score_link_gradient[slot, first_reader:]  # [R, B, T]
+            scaled = (of_scores / norm).flatten(1)
             queries_gradient = torch.zeros_like(queries)
-            torch.mm(dots_gradient, values, out=queries_gradient[first_reader:])
+            queries_gradient[first_reader:] = _times_values(scaled, stored.flatten(0, 1), queries.dtype, ctx.in_half)
             if ctx.needs_input_grad[2]:
-                # score = (q . v) / norm(v), so d score / dv = (q - (q . v) v / norm^2) / norm
-                through_dots = torch.mm(dots_gradient.T, queries[first_reader:])
-                along = torch.linalg.vecdot(through_dots, values) / norm.flatten().square()
-                through_scores = through_dots.addcmul_(along.unsqueeze(-1), values, value=-1)
-                through_scores = through_scores.view_as(stored).to(stored.dtype)
+                # score = (q . v) / |v|, so d score / dv = q / |v| - score v / |v|^2
+                along = ((of_scores * scores).sum(0) / norm.square()).unsqueeze(-1)
+                dtype = stored.dtype if ctx.in_half else queries.dtype
+                through_scores = torch.mm(scaled.T.to(dtype), queries[first_reader:].to(dtype)).view_as(stored)
+                through_scores = through_scores.addcmul_(along.to(dtype), stored.to(dtype), value=-1).to(stored.dtype)
                 gradient = through_scores if gradient is None else gradient + through_scores
         return link_gradient, score_link_gradient, gradient, queries_gradient, None, None, None
+
+
+def _times_values(rows: torch.Tensor, values: torch.Tensor, dtype: torch.dtype, in_half: bool) -> torch.Tensor:
+    """`[R, M]` in `dtype`, at least fp32, times `[M, D]`: `[R, D]` in `dtype`, without rounding `rows` to half precision."""
+    if not in_half:
+        return torch.mm(rows, values.to(dtype))
+    parts = split_queries(rows).movedim(-1, 0)  # [3, R, M]
+    return product_in_fp32(parts.flatten(0, 1), values).unflatten(0, parts.shape[:2]).sum(0)
 
 
 class _LinkScores(torch.autograd.Function):
@@ -168,6 +234,7 @@ class _LinkScores(torch.autograd.Function):
         return scores.clone(), score_link.view_as(score_link)
 
     @staticmethod
+    @first_derivative
     def backward(ctx, scores_gradient, score_link_gradient):
         if scores_gradient is not None:
             if score_link_gradient is None:
@@ -176,42 +243,50 @@ class _LinkScores(torch.autograd.Function):
         return score_link_gradient, None, None, None
 
 
-class _LinkRows(torch.autograd.Function):
-    """Phase 1's weighted sum; in backward adds every row's gradient into the bank's in one product."""
+class _MergeSlots(torch.autograd.Function):
+    """Keeps the mix, which the following norm keeps anyway, and small coefficients; the sources are the bank's."""
 
     @staticmethod
-    def forward(ctx, link, weights, sources):
+    def forward(ctx, link, base, offset, scores, form, bank, start):
+        parts = form.merge_several(offset.squeeze(-1), scores, bank.length)
+        # Not saved through autograd: later slots are written while these live ones stay as they are.
+        ctx.sources, ctx.slots = bank.sources[start : bank.length], slice(start, bank.length)
+        mix = merge_rows(base, parts, ctx.sources)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weights)
-        ctx.sources = sources
-        return _sum_rows(weights, sources[: len(weights)]), link.view_as(link)
+        ctx.save_for_backward(mix, *parts)
+        ctx.form, ctx.total, ctx.link_shape = form, form.total(bank.length), link.shape
+        return mix, link.view_as(link)
 
     @staticmethod
-    def backward(ctx, rows_gradient, link_gradient):
-        if rows_gradient is None:
-            return link_gradient, None, None
-        (weights,) = ctx.saved_tensors
-        n = len(weights)
-        rows_gradient = rows_gradient.flatten(1, 2).transpose(0, 1)  # [M, R, D]
-        live = ctx.sources[:n].flatten(1, 2).transpose(0, 1)  # [M, n, D]
-        weights_gradient = torch.bmm(rows_gradient, live.transpose(1, 2)).permute(2, 1, 0).reshape(weights.shape)
-        if ctx.needs_input_grad[0]:
-            if link_gradient is None:
-                link_gradient = torch.zeros_like(ctx.sources)
-            gradient = link_gradient[:n].flatten(1, 2).transpose(0, 1)
-            gradient.baddbmm_(weights.flatten(2).permute(2, 0, 1).contiguous(), rows_gradient)
-        return link_gradient, weights_gradient, None
+    @first_derivative
+    def backward(ctx, mix_gradient, link_gradient):
+        if mix_gradient is None:
+            return link_gradient, None, None, None, None, None, None
+        mix, kept, taken, weights = ctx.saved_tensors
+        gradient_per_token = mix_gradient.flatten(0, 1).unsqueeze(-1)  # [M, D, 1]
+        dots = torch.bmm(ctx.sources.flatten(1, 2).transpose(0, 1), gradient_per_token)  # [M, j, 1]
+        dots = dots.squeeze(-1).T.reshape(weights.shape).to(weights.dtype)
+        through_mix = (mix_gradient * mix).sum(-1, dtype=weights.dtype)
+        scores_gradient = weights * (ctx.total * dots - through_mix)
+        offset_gradient = ctx.form.offset_slope * scores_gradient.sum(0).unsqueeze(-1)
+        base_gradient = mix_gradient * kept.unsqueeze(-1).to(mix.dtype)
+        if link_gradient is None:
+            link_gradient = mix_gradient.new_zeros(ctx.link_shape)
+        in_slots = link_gradient[ctx.slots].flatten(1, 2).transpose(0, 1)
+        in_slots.baddbmm_(columns(taken, mix.dtype), gradient_per_token.transpose(1, 2))
+        return link_gradient, base_gradient, offset_gradient, scores_gradient, None, None, None
 
 
 class LiveSources(NamedTuple):
-    """The first n sources of a bank for decoding, as views. Each carries the floor of its norm as one more channel.
+    """The first n sources of a bank for decoding, as views. Each has `D'` channels: its own, the floor of its norm and
+    zeros, see [`BankPlan`].
 
     Attributes:
-        rows: `[n * M, D + 1]`, the sources of the M = B * T tokens.
+        rows: `[n * M, D']`, the sources of the M = B * T tokens.
         per_token: `[M, n, D]`, the sources without the floor.
         dots, norms: `[n, M, 1]`, memory for products of `rows` with a query, and the norms.
         flat_dots: `[n * M]`, the same memory as `dots`.
-        newest, newest_with_floor, newest_norm: `[B, T, D]`, `[B, T, D + 1]` and `[B, T]`, the last of them.
+        newest, newest_with_floor, newest_norm: `[B, T, D]`, `[B, T, D']` and `[B, T]`, the last of them.
         uniform: scalar, `1 / n`.
     """
 
@@ -244,12 +319,13 @@ class BlockSummaries:
 
     def __init__(self):
         self.sources = self.norms = self.scores = None
-        self.length = 0
+        self.length, self.plan = 0, ANY_DEVICE
         self.link = self._score_link = None
         self._live: dict[int, LiveSources] = {}
         self._rows: torch.Tensor | None = None
+        self._folded: tuple | None = None
 
-    def reset(self, like: torch.Tensor, capacity: int, num_queries: int):
+    def reset(self, like: torch.Tensor, capacity: int, num_queries: int, plan: BankPlan = ANY_DEVICE):
         """Empties the bank for a forward over `like` `[B, T, D]`, keeping the allocation if it fits.
 
         With gradients enabled the allocation is always new: a backward may still read the old one.
@@ -257,7 +333,7 @@ class BlockSummaries:
         shape = (capacity, *like.shape)
         if torch.is_grad_enabled() or not self._fits(like, shape, like.dtype, num_queries):
             self._allocate(like, shape, like.dtype, num_queries)
-        self.length = 0
+        self.length, self.plan = 0, plan
         self.link = self._score_link = None
         if torch.is_grad_enabled():
             # They carry shape and gradient from one operation on the bank to the next, without memory.
@@ -265,14 +341,18 @@ class BlockSummaries:
                 tensor.new_empty(()).expand(tensor.shape) for tensor in (self.sources, self.scores)
             )
 
-    def reset_for_decode(self, like: torch.Tensor, capacity: int, norm_floor: torch.Tensor):
+    def reset_for_decode(self, like: torch.Tensor, capacity: int, norm_floor: torch.Tensor, plan: BankPlan):
         """Empties the bank for a step over `like` `[B, T, D]`: sources in at least fp32 that carry `norm_floor`."""
-        shape = (capacity, *like.shape[:-1], like.shape[-1] + 1)
+        width = like.shape[-1]
+        shape = (capacity, *like.shape[:-1], width + plan.floor_channels)
         dtype = accumulation_dtype(like.dtype)
         if not self._fits(like, shape, dtype, num_queries=0):
             self._allocate(like, shape, dtype, num_queries=0)
-        self.sources[..., -1].copy_(norm_floor)
-        self.length = 0
+        if plan.floor_channels > 0:
+            self.sources[..., width].copy_(norm_floor)
+        if plan.floor_channels > 1:
+            self.sources[..., width + 1 :].zero_()
+        self.length, self.width, self.plan = 0, width, plan
         self.link = self._score_link = None
 
     def _fits(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, num_queries: int) -> bool:
@@ -292,6 +372,26 @@ class BlockSummaries:
         self._live.clear()
         self._rows = None
 
+    def fold_queries(self, depth_attention: nn.Module, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `depth_attention` gives for `embedding` `[B, T, D]`, from the step before while its parameters are the same.
+
+        A module that stands in for it (an adapter's) may give something else with the same parameters, and is called.
+        """
+        parameters = tuple(depth_attention.parameters())
+        hooked = depth_attention._forward_hooks or depth_attention._forward_pre_hooks
+        stands_in = not hasattr(type(depth_attention), "init_weights")
+        unversioned = any(map(torch.is_inference, parameters))
+        if torch.is_grad_enabled() or derives_gradients() or hooked or stands_in or unversioned:
+            return depth_attention(embedding)
+        versions = (embedding.dtype, embedding.device, *(parameter._version for parameter in parameters))
+        if (
+            self._folded is None
+            or self._folded[0] != versions
+            or any(map(operator.is_not, self._folded[1], parameters))
+        ):
+            self._folded = (versions, parameters, depth_attention(embedding))
+        return self._folded[2]
+
     @property
     def inv_rms(self) -> torch.Tensor:
         """`[length, B, T]`, `1 / sqrt(mean(v^2) + eps)` of each live source."""
@@ -308,7 +408,7 @@ class BlockSummaries:
         """`LiveSources` of each length, from as few operations as there can be: a server makes a bank for each step."""
         capacity, num_tokens = len(self.sources), self.norms[0].numel()
         rows, norms = self.sources.flatten(0, 2), self.norms.view(capacity, num_tokens, 1)
-        without_floor = self.sources[..., :-1]
+        without_floor = self.sources[..., : self.width]
         per_token = without_floor.flatten(1, 2).transpose(0, 1)
         flat_dots = torch.empty_like(norms).flatten()
         dots = flat_dots.view_as(norms)
@@ -335,9 +435,14 @@ class BlockSummaries:
             raise RuntimeError(f"All {slot} slots of the block summaries hold a live source.")
         stored, norms = self.sources[slot], self.norms[slot]
         stored.copy_(source.detach())
-        values = stored.to(norms.dtype)  # fp32 of one source at a time, never of the bank
-        hypotenuse(torch.linalg.vector_norm(values, dim=-1), norm_floor, out=norms)
-        dots = torch.mm(queries.detach()[first_reader:], values.flatten(0, 1).T)
+        readers = queries.detach()[first_reader:]
+        if self.plan.in_half:
+            dots = _times_values(readers, stored.flatten(0, 1).T, readers.dtype, in_half=True)
+            source_norm(stored, norm_floor, out=norms.unsqueeze(-1))
+        else:
+            values = stored.to(norms.dtype)  # fp32 of one source at a time, never of the bank
+            source_norm(values, norm_floor, out=norms.unsqueeze(-1))
+            dots = torch.mm(readers, values.flatten(0, 1).T)
         torch.div(dots.view(-1, *norms.shape), norms, out=self.scores[slot, first_reader:])
         self.length += 1
         if self.link is None:
@@ -361,17 +466,44 @@ class BlockSummaries:
         """Sums over the live sources with weights `[n, R, B, T]`: `[R, B, T, D]` in the sources' dtype."""
         weights = weights.to(self.sources.dtype)
         if self.link is None:
-            return _sum_rows(weights, self.sources[: self.length], self._memory_for_rows)
-        rows, self.link = _LinkRows.apply(self.link, weights, self.sources)
+            return weighted_sum(weights, self.sources[: self.length], self.plan, self._memory_for_rows(weights))
+        rows, self.link = _SumRows.apply(self.link, weights, self)
         return rows
 
+    @without_autocast
+    def merge(self, base: torch.Tensor, offset: torch.Tensor, scores: torch.Tensor, form: Form, start: int):
+        """Phase 2 over several recent sources, which are the live ones from slot `start` on.
+
+        Args:
+            base: `[B, T, D]`, see [`MeanWeights.base`].
+            offset: `[B, T, 1]`, of phase 1, in at least fp32.
+            scores: `[j, B, T]`, of the sources from `start` on.
+
+        Returns:
+            the mix `[B, T, D]`.
+        """
+        if self.link is None:
+            parts: Coefficients = form.merge_several(offset.squeeze(-1), scores, self.length)
+            return merge_rows(base, parts, self.sources[start : self.length])
+        mix, self.link = _MergeSlots.apply(self.link, base, offset, scores, form, self, start)
+        return mix
+
+    def row_to_keep(self, row: torch.Tensor) -> torch.Tensor:
+        """`row` `[B, T, D]` of [`weighted_sum`], as it may be kept beyond its group.
+
+        A copy where keeping the row would keep all of its group for backward, or where the next group is written over it.
+        """
+        if torch.compiler.is_compiling():
+            return row  # the compiler decides what to keep
+        return row.clone() if torch.is_grad_enabled() or self.plan.reuses_rows else row
+
     def _memory_for_rows(self, weights: torch.Tensor) -> torch.Tensor | None:
-        """The same memory for every group of a forward without gradients, where rows are large: see `REUSED_BYTES`."""
+        """Memory for rows where every group of a forward without gradients writes over those of the group before."""
+        if not self.plan.reuses_rows:
+            return None
         _, num_rows, batch, tokens = weights.shape
         shape = (num_rows, batch * tokens, self.sources.shape[-1])
         size = math.prod(shape)
-        if size * self.sources.element_size() < REUSED_BYTES:
-            return None
         if self._rows is None or len(self._rows) < size:
             self._rows = self.sources.new_empty(size)
         return self._rows[:size].view(shape)

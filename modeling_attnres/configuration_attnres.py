@@ -208,7 +208,7 @@ class AttnResConfig(PreTrainedConfig):
         return public_names(output, self.backbone_config_class)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "AttnResConfig":
-        """This config: whoever gets another one than it asked takes the model for a multimodal one, as vLLM does."""
+        """This config: vLLM takes a model whose text config is another object for a multimodal one."""
         return self
 
     @property

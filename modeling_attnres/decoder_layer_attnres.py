@@ -17,6 +17,7 @@ Letters: B batch, T tokens, D hidden size, S sublayers per block, n sources of a
 """
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,9 +27,30 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .backbone_attnres import LAYER_ARGUMENTS, LayerPlan, layer_attention_mask
 from .compat_attnres import CACHE
-from .depth_attention_attnres import DepthRead, DepthStream
+from .depth_attention_attnres import DepthStream, State
+
+
+# What the model's loop hands to every decoder layer; a backbone that feeds its layers anything else is refused.
+LAYER_ARGUMENTS = ("attention_mask", "position_ids", CACHE, "use_cache", "position_embeddings")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one decoder layer of the backbone is driven.
+
+    Attributes:
+        mixer_norm, mixer, feed_forward_norm, feed_forward: names of the layer's four children.
+        mixer_arguments: the token mixer's argument name -> the layer's argument name it is fed from.
+        passes_kwargs: whether further keyword arguments reach the token mixer.
+    """
+
+    mixer_norm: str
+    mixer: str
+    feed_forward_norm: str
+    feed_forward: str
+    mixer_arguments: dict[str, str] = field(hash=False)
+    passes_kwargs: bool
 
 
 class AttnResDecoderLayer(GradientCheckpointingLayer):
@@ -45,7 +67,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         for name in (plan.mixer_norm, plan.mixer, plan.feed_forward_norm, plan.feed_forward):
             self.add_module(name, getattr(layer, name))
-        self.plan = plan
+        self.plan, self.layer_idx = plan, layer_idx
         # Most token mixers take every argument of their layer under its own name.
         self.passes_all = plan.passes_kwargs and plan.mixer_arguments == {name: name for name in LAYER_ARGUMENTS}
         self.mixer_starts_block = 2 * layer_idx % sublayers_per_block == 0
@@ -54,22 +76,19 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         *tensors: torch.Tensor,
-        norm_floor: torch.Tensor,
-        form: Any,
-        reads: tuple[DepthRead, DepthRead] | None = None,
-        num_sources: int = 0,
+        depth: DepthStream,
+        reads: Sequence | None = None,
+        num_again: int = 0,
         output_depth_weights: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor | None, ...]:
         """
         Args:
-            tensors: the depth state as seen from outside (`form.outward`): under `"sum"` the residual stream comes
+            tensors: the depth state as seen from outside (`depth.outward`): under `"sum"` the residual stream comes
                 first, as in a plain decoder layer, under `"mean"` what was last written to. Without `reads`, the
-                layer's two folded queries `[2, D]` and `num_sources` sources `[B, T, D]` follow, so that gradient
-                checkpointing recomputes phase 1 with the layer. All that carries a gradient is positional: reentrant
-                checkpointing drops any other.
-            norm_floor: scalar from [`DepthAttention`].
-            form: how mixes over depth are computed in this forward.
+                `num_again` tensors of `depth.inputs_again` follow, so that gradient checkpointing recomputes phase 1
+                with the layer. All that carries a gradient is positional: reentrant checkpointing drops any other.
+            depth: the depth side of this forward.
             reads: what phase 1 found for the token mixer and the feed-forward.
             kwargs: the backbone's keyword arguments (masks, positions, cache).
 
@@ -78,31 +97,31 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             `[B, T, n]` (or `None`).
         """
         if reads is None:
-            num_state = len(tensors) - 1 - num_sources
-            tensors, queries, sources = tensors[:num_state], tensors[num_state], tensors[num_state + 1 :]
-            reads = form.read_sources(queries, sources, norm_floor)
-        state = form.outward(tensors)
+            tensors, again = tensors[:-num_again], tensors[-num_again:]
+            reads = depth.read_again(*again, first=2 * self.layer_idx)
+        state = depth.outward(tensors)
         mixer_read, feed_forward_read = reads
 
-        mixer_input, mixer_logit = form.phase_two(mixer_read, norm_floor, *state)
-        output = self._mix_tokens(getattr(self, self.plan.mixer_norm)(mixer_input), kwargs)
-        state = form.advance(mixer_read, state, _as_wide_as(mixer_input, output), self.mixer_starts_block)
+        mixer_norm, feed_forward_norm = getattr(self, self.plan.mixer_norm), getattr(self, self.plan.feed_forward_norm)
+        mixer_input, normed, mixer_found = depth.mix_and_norm(mixer_read, mixer_norm, state)
+        output = _in_dtype_of(mixer_input, self._mix_tokens(normed, kwargs))
 
-        hidden_states, feed_forward_logit = form.phase_two(feed_forward_read, norm_floor, *state)
-        output = getattr(self, self.plan.feed_forward)(getattr(self, self.plan.feed_forward_norm)(hidden_states))
+        state, _, normed, feed_forward_found = depth.advance_and_mix(
+            mixer_read, feed_forward_read, feed_forward_norm, state, output, self.mixer_starts_block
+        )
+        output = getattr(self, self.plan.feed_forward)(normed)
         if isinstance(output, tuple):  # a mixture of experts that returns its routing too
             output = output[0]
-        state = form.advance(
-            feed_forward_read, state, _as_wide_as(mixer_input, output), self.feed_forward_starts_block
-        )
+        output = _in_dtype_of(mixer_input, output)
+        state = depth.advance(feed_forward_read, state, output, self.feed_forward_starts_block)
 
         weights = (None, None)
         if output_depth_weights:
             weights = (
-                form.mix_weights(mixer_read, mixer_logit),
-                form.mix_weights(feed_forward_read, feed_forward_logit),
+                depth.mix_weights(mixer_read, mixer_found),
+                depth.mix_weights(feed_forward_read, feed_forward_found),
             )
-        return *form.outward(state), mixer_input, *weights
+        return *depth.outward(state), mixer_input, *weights
 
     def _mix_tokens(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Calls the token mixer with the arguments its own layer would give it."""
@@ -158,9 +177,14 @@ def _is_foreign(hook: Any) -> bool:
     return not (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp.")
 
 
-def _as_wide_as(stream: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Under autocast a sublayer's output is narrower than the stream; sources are kept as wide as that."""
+def _in_dtype_of(stream: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Casts an autocast output back to the stream's dtype."""
     return output if output.dtype == stream.dtype else output.to(stream.dtype)
+
+
+def layer_attention_mask(masks: Any, config: PreTrainedConfig, layer_idx: int) -> Any:
+    """The mask of one layer out of `create_masks_for_generate`'s result, which is a dict where layer types differ."""
+    return masks[config.layer_types[layer_idx]] if isinstance(masks, dict) else masks
 
 
 def backbone_inputs(
@@ -194,12 +218,12 @@ def backbone_inputs(
 def run_decoder_layers(
     layers: Sequence[AttnResDecoderLayer] | Mapping[int, AttnResDecoderLayer],
     depth: DepthStream,
-    state: tuple[torch.Tensor, ...],
+    state: State,
     masks: Sequence[Any],
     training: bool,
     wanted: Container[int] = (),
     **layer_kwargs,
-) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], list[torch.Tensor | None]]:
+) -> tuple[State, list[torch.Tensor | None], list[torch.Tensor | None]]:
     """Runs the decoder layers of `depth.groups`: the loop of [`AttnResModel`], or a pipeline stage's part of it.
 
     Args:
@@ -219,26 +243,18 @@ def run_decoder_layers(
         recompute = any(is_recomputed(layers[index], training) for index in group)
         reads = None if recompute else depth.read(first, last)
         for index in group:
-            depth_inputs, depth_kwargs = _layer_reads(depth, reads, index, first)
+            again = depth.inputs_again(2 * index) if recompute else ()
             *outward, mix, mixer_weights, feed_forward_weights = layers[index](
-                *depth.form.outward(state),
-                *depth_inputs,
-                norm_floor=depth.norm_floor,
-                form=depth.form,
-                **depth_kwargs,
+                *depth.outward(state),
+                *again,
+                depth=depth,
+                reads=None if recompute else reads[2 * index - first : 2 * index - first + 2],
+                num_again=len(again),
                 attention_mask=masks[index],
                 **layer_kwargs,
             )
-            state = depth.form.outward(tuple(outward))
+            state = depth.outward(tuple(outward))
             hidden_states.append(mix if index in wanted else None)  # a mix not asked for is freed here
             depth_weights += (mixer_weights, feed_forward_weights)
         state = depth.close(state, next_sublayer=last)
     return state, hidden_states, depth_weights
-
-
-def _layer_reads(depth: DepthStream, reads: list[DepthRead] | None, index: int, first: int) -> tuple[tuple, dict]:
-    """Phase 1 of decoder layer `index` as its inputs: done, or as sources for a layer that recomputes it."""
-    sublayer = 2 * index
-    if reads is None:
-        return (depth.queries[sublayer : sublayer + 2], *depth.sources), {"num_sources": len(depth.sources)}
-    return (), {"reads": reads[sublayer - first : sublayer - first + 2]}

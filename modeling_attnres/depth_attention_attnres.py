@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Softmax attention over depth: naive reference and exact two-phase computation (arXiv 2603.15031, Algorithm 1).
+"""Attention over depth in the two phases of Algorithm 1 (arXiv 2603.15031): parameters, schedule, and the depth stream.
 
 Letters: B batch, T tokens, M = B * T, D hidden size, L sublayers (two per decoder layer), S sublayers per block,
-N blocks, n sources (the embedding and the blocks so far), R queries scored together.
+N blocks, n sources (the embedding and the blocks so far), R queries read together.
 
 A *source* is the token embedding or the sum of a block's sublayer outputs. Sublayer l reads the mix
 `h_l = sum_i a_i v_i` with `a = softmax_i(w_l . RMSNorm_l(v_i))` over all earlier sources (equations 2 to 6).
@@ -22,296 +22,38 @@ A *source* is the token embedding or the sum of a block's sublayer outputs. Subl
 Two phases make that cheap: the queries `w_l` do not depend on the input, so phase 1 reads the finished sources once
 for a whole *group* of sublayers, and phase 2 merges the one *recent* source that appeared since (the open block's
 partial sum, or a block that closed inside the group) by online softmax. Both phases are exact.
+
+A [`DepthStream`] takes the same steps whatever it runs: `read` is phase 1, `mix` is phase 2, `advance` the block
+boundary, `close` fills the cache of block summaries. What to run is decided in [`plan_depth`], and nowhere else.
 """
 
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .block_summaries_attnres import (
-    BlockSummaries,
+from .block_summaries_attnres import ANY_DEVICE, BankPlan, BlockSummaries, rows_of_sources, weighted_sum
+from .depth_launch_attnres import available
+from .depth_weights_attnres import (
+    Form,
     accumulation_dtype,
-    norm_with_floor,
-    own_copy,
-    weighted_sum,
+    derives_gradients,
+    is_autocast,
+    merge_recent,
+    multiplies_into_fp32,
+    phase_one_weights,
+    source_norm,
+    split_queries,
     without_autocast,
 )
-from .depth_merge_attnres import merge_mean, merge_sum, softmax_and_lse
 
 
-# Rows of phase 1 held at a time: a long block is several groups, so that S = L does not hold L rows of [B, T, D].
-MAX_GROUP_SUBLAYERS = 8
-
-
-# --- Naive reference -------------------------------------------------------------------------------------------------
-
-
-def naive_depth_attention(
-    sources: torch.Tensor,
-    query: torch.Tensor,
-    key_norm: torch.Tensor,
-    eps: float,
-    depth_weights: str = "mean",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One mix over depth as the paper writes it: the reference every fast path is compared with.
-
-    Args:
-        sources: `[n, B, T, D]`, the raw sources in order of depth.
-        query: `[D]`, the pseudo-query `w_l`.
-        key_norm: `[D]`, weight of the key RMSNorm.
-        eps: epsilon of the key RMSNorm.
-        depth_weights: `"mean"` (weights sum to 1) or `"sum"` (weights sum to n).
-
-    Returns:
-        `[B, T, D]` the mix in the dtype of `sources`, and `[B, T, n]` the weights in at least fp32.
-    """
-    values = sources.to(accumulation_dtype(sources.dtype))
-    keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * key_norm.to(values.dtype)
-    weights = torch.softmax(keys @ query.to(values.dtype), dim=0)
-    if depth_weights == "sum":
-        weights = weights * len(sources)
-    return (weights.unsqueeze(-1) * values).sum(0).to(sources.dtype), weights.movedim(0, -1)
-
-
-# --- The schedule ----------------------------------------------------------------------------------------------------
-
-
-def sublayer_groups(num_sublayers: int, sublayers_per_block: int) -> list[tuple[int, int]]:
-    """Runs `[first, last + 1)` of whole decoder layers whose queries phase 1 scores together.
-
-    Within a group a sublayer never meets more than one recent source. For an even S that holds inside a block; for an
-    odd S blocks end inside decoder layers, and it holds for single decoder layers.
-    """
-    if sublayers_per_block % 2:
-        return [(first, first + 2) for first in range(0, num_sublayers, 2)]
-    groups = []
-    for block in range(0, num_sublayers, sublayers_per_block):
-        end = min(block + sublayers_per_block, num_sublayers)
-        groups += [(first, min(first + MAX_GROUP_SUBLAYERS, end)) for first in range(block, end, MAX_GROUP_SUBLAYERS)]
-    return groups
-
-
-# --- Phase 1 and phase 2, per form -----------------------------------------------------------------------------------
-
-
-class DepthRead(NamedTuple):
-    """What phase 1 leaves for one sublayer.
-
-    Attributes:
-        query: `[D, 1]`, its folded query, in at least fp32.
-        row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1; `None` for a sum known to be zero.
-        stat: `[B, T, 1]`, what the merge needs of the scores (see the forms), in at least fp32.
-        scores: `[n, R, B, T]`, the scores of the whole group, in at least fp32.
-        position: which of the R queries this is.
-    """
-
-    query: torch.Tensor
-    row: torch.Tensor | None
-    stat: torch.Tensor
-    scores: torch.Tensor
-    position: int
-
-
-def _as_reads(queries, rows, stat, scores) -> list[DepthRead]:
-    parts = zip(queries.unsqueeze(-1).unbind(0), rows, stat.unsqueeze(-1).unbind(0))
-    return [DepthRead(*part, scores, position) for position, part in enumerate(parts)]
-
-
-def read_bank(
-    bank: BlockSummaries, queries: torch.Tensor, first: int, last: int, form: "type[MeanWeights]"
-) -> list[DepthRead]:
-    """Phase 1: the queries `[first, last)` attend over the live sources of the bank.
-
-    Args:
-        queries: `[L + 1, D]` folded queries (see [`DepthAttention`]) in at least fp32.
-        form: how weights come from scores, [`MeanWeights`] or [`SumWeights`].
-
-    Returns:
-        One [`DepthRead`] per query.
-    """
-    scores = bank.score(first, last)
-    weights, stat = form.phase_one(scores)
-    return _as_reads(queries[first:last], bank.weighted_sum(weights).unbind(0), stat, scores)
-
-
-def read_one_source(
-    bank: BlockSummaries,
-    source: torch.Tensor,
-    queries: torch.Tensor,
-    first: int,
-    last: int,
-    form: "type[MeanWeights]",
-) -> list[DepthRead]:
-    """Phase 1 while the embedding `source` `[B, T, D]` is the only one: it has all the weight, whatever its scores."""
-    scores = bank.score(first, last)
-    row, stat = form.one_source(source, scores[0])
-    return _as_reads(queries[first:last], [row] * (last - first), stat, scores)
-
-
-class MeanWeights:
-    """Weights that sum to 1: the paper's form. The state between sublayers is the recent sources."""
-
-    @classmethod
-    def stream(cls, *args, **kwargs) -> "DepthStream":
-        """The depth side of one forward in two phases; the other arguments are those of [`DepthStream`]."""
-        return DepthStream(*args, form=cls, **kwargs)
-
-    @staticmethod
-    def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return ()
-
-    @classmethod
-    @without_autocast
-    def read_sources(
-        cls, queries: torch.Tensor, sources: Sequence[torch.Tensor], norm_floor: torch.Tensor
-    ) -> list[DepthRead]:
-        """Phase 1 without a bank, for a layer that recomputes it under gradient checkpointing: all plain autograd.
-
-        Args:
-            queries: `[R, D]` folded queries, in at least fp32.
-            sources: n tensors `[B, T, D]`.
-        """
-        stacked = torch.stack(tuple(sources))
-        values = stacked.to(queries.dtype)
-        scores = ((values @ queries.T) / norm_with_floor(values, norm_floor)).movedim(-1, 1)  # [n, R, B, T]
-        weights, stat = cls.phase_one(scores)
-        return _as_reads(queries, weighted_sum(weights.to(stacked.dtype), stacked).unbind(0), stat, scores)
-
-    @staticmethod
-    def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[n, ...]` scores to the weights `[n, ...]` of the sources and the scores' log-sum-exp `[...]`."""
-        return softmax_and_lse(scores)
-
-    @staticmethod
-    def one_source(source: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """What `phase_one` and the weighted sum come to for a single source: its row, and the stat."""
-        return source, score
-
-    @staticmethod
-    def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
-        """The recent source's score `[B, T, 1]`, from the relative one that `phase_two` returns."""
-        return read.stat - relative
-
-    @staticmethod
-    def phase_two(read: DepthRead, norm_floor: torch.Tensor, *state: torch.Tensor):
-        """Merges the recent source, if there is one, into the row of phase 1.
-
-        With one extra source online softmax is `row + p (recent - row)`, `p = sigmoid(score - lse)`.
-
-        Returns:
-            the mix `[B, T, D]`, and the recent source's score relative to phase 1's (see `recent_score`)
-            `[B, T, 1]`, or `None` without one.
-        """
-        if not state:
-            return own_copy(read.row), None
-        (recent,) = state
-        return merge_mean(read.row, read.stat, read.query, recent, norm_floor)
-
-    @classmethod
-    def mix_weights(cls, read: DepthRead, relative: torch.Tensor | None) -> torch.Tensor:
-        """The weights `[B, T, n]` of a mix, from what phase 1 and `phase_two` computed it with."""
-        scores = read.scores[:, read.position].movedim(0, -1)
-        if relative is not None:
-            scores = torch.cat([scores, cls.recent_score(read, relative)], dim=-1)
-        return torch.softmax(scores, dim=-1)
-
-    @staticmethod
-    def advance(read: DepthRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
-        """The state after a sublayer: its `output` `[B, T, D]` opens a block or is added to the open one."""
-        if starts_block:
-            return (*state, output)
-        return (*state[:-1], state[-1] + output)
-
-    @staticmethod
-    def outward(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """`state` in the order in which a decoder layer takes and returns it, and back: what was last written first."""
-        return state[::-1]
-
-    @staticmethod
-    def recents(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The sources of `state` that are not in the bank, oldest first."""
-        return state
-
-    @staticmethod
-    def without_closed(state: tuple[torch.Tensor, ...], num_closed: int) -> tuple[torch.Tensor, ...]:
-        """`state` after its `num_closed` oldest recent sources went into the bank."""
-        return state[num_closed:]
-
-
-class SumWeights(MeanWeights):
-    r"""Weights that sum to the number of sources n, anchored at the plain residual stream.
-
-    The state is `(stream, *recents)`: `stream` is the running total of all sources, kept by the same additions as in a
-    PreNorm model. Phase 1 weighs its sources by `e_i = exp(s_i) / mean(exp(s))`, which are exactly 1 for zero queries,
-    and sums `D = sum (e_i - 1) v_i`. With `x` the recent source's weight on that scale, the mix is
-
-        h = (1 - c) (stream + D) + c n recent,    c = (x - 1) / (x - 1 + n)
-
-    For zero queries D and c are exactly 0: the mix is the stream bit for bit. No coefficient exceeds n, so the
-    rounding of the stream is not amplified where one source has most of the weight.
-    """
-
-    @staticmethod
-    def start(embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (embedding,)
-
-    @staticmethod
-    def phase_one(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[n, ...]` scores to `e - 1` `[n, ...]` and half of minus the logarithm of `mean(exp(s))` `[...]`."""
-        n = len(scores)
-        # Equal scores have softmax 1 / n exactly as rounded here, so their excess is exactly 0, and so is its logarithm.
-        excess = (torch.softmax(scores, dim=0) - 1 / n) * n
-        return excess, (torch.log1p(excess.amax(dim=0)) - scores.amax(dim=0)) * 0.5
-
-    @staticmethod
-    def one_source(source: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        return None, score * -0.5
-
-    @staticmethod
-    def recent_score(read: DepthRead, relative: torch.Tensor) -> torch.Tensor:
-        return 2 * (relative - read.stat)
-
-    @staticmethod
-    def phase_two(read: DepthRead, norm_floor: torch.Tensor, *state: torch.Tensor):
-        stream, *recents = state
-        mix = stream if read.row is None else stream + read.row
-        if not recents:
-            return mix, None
-        (recent,) = recents
-        num_sources = len(read.scores) + 1
-        return merge_sum(mix, read.stat, read.query, recent, norm_floor, num_sources)
-
-    @classmethod
-    def mix_weights(cls, read: DepthRead, relative: torch.Tensor | None) -> torch.Tensor:
-        weights = super().mix_weights(read, relative)
-        return weights * weights.shape[-1]
-
-    @staticmethod
-    def advance(read: DepthRead, state: tuple[torch.Tensor, ...], output: torch.Tensor, starts_block: bool):
-        stream, *recents = state
-        return (stream + output, *MeanWeights.advance(read, tuple(recents), output, starts_block))
-
-    @staticmethod
-    def outward(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return state  # the stream is first
-
-    @staticmethod
-    def recents(state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return state[1:]
-
-    @staticmethod
-    def without_closed(state: tuple[torch.Tensor, ...], num_closed: int) -> tuple[torch.Tensor, ...]:
-        return (state[0], *state[1 + num_closed :])
-
-
-FORMS = {"mean": MeanWeights, "sum": SumWeights}
-
-
-# --- The module ------------------------------------------------------------------------------------------------------
+# --- Parameters ------------------------------------------------------------------------------------------------------
 
 
 def init_query(query: torch.Tensor, std: float):
@@ -363,59 +105,219 @@ class DepthAttention(nn.Module):
         return f"num_sublayers={self.query.shape[0]}, hidden_size={self.query.shape[1]}, eps={self.eps}"
 
 
+# --- What to run -----------------------------------------------------------------------------------------------------
+
+
+# Rows of phase 1 held at a time: a long block is several groups, so that S = L does not hold L rows of [B, T, D].
+MAX_GROUP_SUBLAYERS = 8
+
+# On a processor: above this many tokens, laying rows out one by one pays off (earlier in half precision)...
+MANY_TOKENS, MANY_HALF_TOKENS = 1024, 128
+# ...from products over so many tokens, which stay in its cache until then.
+TOKENS_AT_ONCE = 64
+# Tensors this large are mapped into memory on every allocation, which costs more than filling them.
+REUSED_BYTES = 2**24
+# Up to so many tokens a single pass over all sources takes less time than two phases: it moves more bytes in fewer
+# calls. A processor soon pays for the bytes, other devices longer for the calls.
+MAX_DECODE_TOKENS, MAX_DECODE_TOKENS_ON_CPU = 128, 32
+
+
+@dataclass
+class DepthPlan:
+    """What one forward runs.
+
+    Attributes:
+        kernels: whether what a stream does between two sublayers is a kernel.
+        one_pass: every mix in one pass over all sources, in place of two phases.
+        files_outputs: with S = 1, sublayers file their outputs in the bank, and a group shares phase 1.
+        uses_bank: whether sources lie in the bank; without, they are separate tensors in plain autograd.
+        bank: how the device wants the bank's products.
+    """
+
+    kernels: bool
+    one_pass: bool
+    files_outputs: bool
+    uses_bank: bool
+    bank: BankPlan
+
+
+def plan_depth(embedding: torch.Tensor, num_sublayers: int, sublayers_per_block: int, undivided: bool) -> DepthPlan:
+    """Decides what to run, from the shape, dtype and device of the `embedding` `[B, T, D]`, and from gradients.
+
+    The environment variable `ATTNRES_KERNELS` has the last word on kernels: `auto` (the default) uses them where they can
+    run, `off` never does, `on` asks for them.
+
+    Args:
+        num_sublayers, sublayers_per_block: L, S.
+        undivided: whether every sublayer reads and writes the bank itself: nothing that recomputes a layer, or hands
+            it copies, stands in between.
+
+    Raises:
+        ValueError: if kernels are asked for and cannot run, with the reason.
+    """
+    gradients, device, dtype = torch.is_grad_enabled(), embedding.device.type, embedding.dtype
+    if derives_gradients():
+        # A bank is written in place, which only a compiler can undo, and only without gradients.
+        return DepthPlan(False, False, False, torch.compiler.is_compiling() and not gradients, ANY_DEVICE)
+    batch, tokens, _ = embedding.shape
+    if device == "cpu":
+        many = MANY_HALF_TOKENS if embedding.element_size() == 2 else MANY_TOKENS
+        laid_out = batch * tokens >= many
+        group_bytes = MAX_GROUP_SUBLAYERS * embedding.numel() * embedding.element_size()
+        bank = BankPlan(
+            tokens_at_once=TOKENS_AT_ONCE if laid_out else None,
+            reuses_rows=laid_out and not gradients and group_bytes >= REUSED_BYTES,
+        )
+    else:
+        # Fast products of half precision need addresses of 16 bytes.
+        in_half = dtype == torch.bfloat16 and multiplies_into_fp32(device)
+        bank = BankPlan(in_half=in_half, alignment=8, floor_channels=8)
+    few = MAX_DECODE_TOKENS_ON_CPU if device == "cpu" else MAX_DECODE_TOKENS
+    one_pass = (
+        undivided
+        and not gradients
+        # `generate` steps over `[B, 1]`; servers pack the tokens of all sequences into one row `[1, T]`.
+        and min(batch, tokens) == 1
+        and max(batch, tokens) <= few
+        and not is_autocast(device)  # it would round scores to half precision
+    )
+    files_outputs = undivided and not one_pass and sublayers_per_block == 1
+    kernels = False
+    if not files_outputs:  # there, one product merges the sources of a group
+        kernels = runs_kernels(embedding, 1 + math.ceil(num_sublayers / sublayers_per_block), MAX_GROUP_SUBLAYERS + 1)
+    if kernels and one_pass:
+        bank = replace(bank, floor_channels=0)
+    return DepthPlan(kernels, one_pass, files_outputs, True, bank)
+
+
+def runs_kernels(like: torch.Tensor, num_sources: int, num_rows: int) -> bool:
+    """Whether a forward over `like` `[B, T, D]` runs kernels: see [`plan_depth`]."""
+    asked = os.environ.get("ATTNRES_KERNELS", "auto")
+    if asked not in ("auto", "off", "on"):
+        raise ValueError(f"`ATTNRES_KERNELS` must be one of 'auto', 'off' and 'on', got {asked!r}.")
+    if asked == "off" or (asked == "auto" and like.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
+        return False
+    reason = available(like.device, like.dtype, like.shape[-1], num_sources, num_rows)
+    if reason and asked == "on":
+        raise ValueError(f"`ATTNRES_KERNELS=on` asks for kernels, which cannot run here: {reason}.")
+    return reason is None
+
+
+def sublayer_groups(num_sublayers: int, sublayers_per_block: int) -> list[tuple[int, int]]:
+    """Runs `[first, last + 1)` of whole decoder layers whose queries phase 1 scores together.
+
+    Within a group a sublayer never meets more than one recent source. For an even S that holds inside a block; for an
+    odd S blocks end inside decoder layers, and it holds for single decoder layers.
+    """
+    if sublayers_per_block % 2:
+        return [(first, first + 2) for first in range(0, num_sublayers, 2)]
+    groups = []
+    for block in range(0, num_sublayers, sublayers_per_block):
+        end = min(block + sublayers_per_block, num_sublayers)
+        groups += [(first, min(first + MAX_GROUP_SUBLAYERS, end)) for first in range(block, end, MAX_GROUP_SUBLAYERS)]
+    return groups
+
+
+# --- The depth stream ------------------------------------------------------------------------------------------------
+
+
+State = tuple[torch.Tensor, ...]
+
+
+class DepthRead(NamedTuple):
+    """What phase 1 leaves for one sublayer. A tuple, so that accelerate moves it with a layer's other inputs.
+
+    Attributes:
+        query: `[D, 1]`, its folded query, in at least fp32.
+        query_parts: `[D, 3]`, the same in bf16 parts, or `None`, see [`split_queries`].
+        row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1; `None` for a sum known to be zero.
+        offset: `[B, T, 1]`, what puts the scores of later sources on the scale of the row, in at least fp32.
+        scores: `[n, R, B, T]`, the scores of the whole group, in at least fp32.
+        position: which of the R queries this is.
+        norm_floor: see [`DepthAttention`].
+    """
+
+    query: torch.Tensor
+    query_parts: torch.Tensor | None
+    row: torch.Tensor | None
+    offset: torch.Tensor
+    scores: torch.Tensor
+    position: int
+    norm_floor: torch.Tensor
+
+
 class DepthStream:
     """The depth side of one forward: what the residual stream is to a PreNorm decoder.
 
-    It owns the bank for the forward; the *depth state* (recent sources, and the plain stream under `"sum"`) flows
-    through the layers as tensors.
+    Layers ask it for the mix that a sublayer reads ([`mix`]) and hand it the output ([`advance`]). It owns the bank for
+    the forward; the *depth state* (the plain stream under `"sum"`, and the recent sources) flows through the layers as
+    tensors:
+
+        start(e) -> state     read(group) -> reads                             close(state) -> state     mix_output
+                                    |                                                ^
+                              mix(read, *state) -> h [B, T, D] -> sublayer -> advance(read, state, output)
 
     Args:
+        form: how weights come from scores, one of `FORMS`.
         queries, norm_floor: from [`DepthAttention`].
         bank: the block summaries to fill.
         sublayers_per_block: S.
-        form: how weights come from scores, one of `FORMS`.
+        plan: from [`plan_depth`].
         sublayers: the run `[first, last)` that this forward computes, whole decoder layers; all L if not given. A
             pipeline stage computes some, and scores the sources for these alone.
     """
 
     def __init__(
         self,
+        form: Form,
         queries: torch.Tensor,
         norm_floor: torch.Tensor,
         bank: BlockSummaries,
         sublayers_per_block: int,
-        form: type[MeanWeights],
+        plan: DepthPlan,
         sublayers: tuple[int, int] | None = None,
     ):
-        self.queries, self.norm_floor, self.bank = queries, norm_floor, bank
+        self.form, self.queries, self.norm_floor, self.bank, self.plan = form, queries, norm_floor, bank, plan
+        self.query_parts = split_queries(queries) if plan.bank.in_half else None
         self.sublayers_per_block = sublayers_per_block
-        self.form = form
         self.num_sublayers = len(queries) - 1
         self.first, self.last = sublayers or (0, self.num_sublayers)
-        groups = sublayer_groups(self.num_sublayers, sublayers_per_block)
-        clipped = [(max(first, self.first), min(last, self.last)) for first, last in groups]
-        self.groups = [(first, last) for first, last in clipped if first < last]
+        self.groups = self._groups()
         # One past the last query that reads sources here: the output mix follows the last sublayer of the model.
         self.num_readers = self.last + (self.last == self.num_sublayers)
-        # The finished sources, alias by alias of the bank's slots, for layers that recompute phase 1.
+        # The finished sources: with a bank, alias by alias of its slots.
         self.sources: list[torch.Tensor] = []
-        self.output_read: DepthRead | None = None
-        # Compiled training leaves what to keep and what to recompute to the compiler: plain autograd, no bank.
-        self.uses_bank = not (torch.is_grad_enabled() and torch.compiler.is_compiling())
+        self.output_read = None
 
-    def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _groups(self) -> list[tuple[int, int]]:
+        groups = sublayer_groups(self.num_sublayers, self.sublayers_per_block)
+        clipped = [(max(first, self.first), min(last, self.last)) for first, last in groups]
+        return [(first, last) for first, last in clipped if first < last]
+
+    def start(self, embedding: torch.Tensor) -> State:
         """Empties the bank, files the embedding `[B, T, D]` as the first source; returns the first depth state."""
         self.resume((embedding,))
-        return self.form.start(embedding)
+        return (embedding,) * self.form.anchored
 
     def resume(self, sources: Sequence[torch.Tensor]):
         """Empties the bank and files the sources `[B, T, D]` that were finished before the first sublayer."""
-        if self.uses_bank:
+        if self.plan.uses_bank:
             capacity = 1 + math.ceil(self.last / self.sublayers_per_block)
-            self.bank.reset(sources[0], capacity, num_queries=self.num_readers)
+            self.bank.reset(sources[0], capacity, self.num_readers, self.plan.bank)
         self.embedding = sources[0]
         for source in sources:
             self.file(source)
+
+    def file(self, source: torch.Tensor) -> torch.Tensor:
+        """Makes `source` `[B, T, D]` the next finished source, and returns it as it is kept."""
+        if self.plan.uses_bank:
+            # Source k is complete when sublayer k * S begins, and no earlier query reads it from the bank.
+            first_reader = min(max(self.bank.length * self.sublayers_per_block, self.first), self.num_sublayers)
+            source = self.bank.append(source, self.queries[: self.num_readers], self.norm_floor, first_reader)
+        self.sources.append(source)
+        return source
+
+    # --- Phase 1
 
     def read(self, first: int, last: int) -> list[DepthRead]:
         """Phase 1 for the sublayers `[first, last)`."""
@@ -426,43 +328,146 @@ class DepthStream:
         return self._read(first, last)
 
     def _read(self, first: int, last: int) -> list[DepthRead]:
-        if not self.uses_bank:
-            return self.form.read_sources(self.queries[first:last], self.sources, self.norm_floor)
+        queries, scores = self.queries[first:last], self.score(first, last)
         if len(self.sources) == 1:
             # Not the bank's copy: a mix handed to the user must outlive the bank's next use.
-            return read_one_source(self.bank, self.embedding, self.queries, first, last, self.form)
-        return read_bank(self.bank, self.queries, first, last, self.form)
+            row, offset = self.form.one_source(self.embedding, scores[0])
+            rows = [row] * len(queries)
+        else:
+            weights, offset = phase_one_weights(scores, self.form)
+            rows = self._sum_rows(weights).unbind(0)
+        return self._as_reads(first, queries, rows, offset, scores)
 
-    def close(self, state: tuple[torch.Tensor, ...], next_sublayer: int) -> tuple[torch.Tensor, ...]:
+    def inputs_again(self, first: int) -> tuple[torch.Tensor, ...]:
+        """All that has a gradient and that [`read_again`] wants for the decoder layer of sublayer `first`."""
+        return (self.queries[first : first + 2], self.score(first, first + 2), *self.sources)
+
+    @without_autocast
+    def read_again(
+        self, queries: torch.Tensor, scores: torch.Tensor, *sources: torch.Tensor, first: int
+    ) -> list[DepthRead]:
+        """Phase 1 in a layer that is run again in backward, which is handed all that has a gradient.
+
+        Args:
+            queries: `[R, D]`, the layer's folded queries, from sublayer `first` on.
+            scores: `[n, R, B, T]`, from [`score`].
+            sources: all n finished sources `[B, T, D]`.
+        """
+        if len(sources) == 1:
+            row, offset = self.form.one_source(sources[0], scores[0])
+            rows = [row] * len(queries)
+        else:
+            weights, offset = phase_one_weights(scores, self.form)
+            if self.plan.uses_bank:
+                rows = rows_of_sources(weights, sources[0], self.bank, sources).unbind(0)
+            else:
+                rows = weighted_sum(weights.to(sources[0].dtype), torch.stack(sources)).unbind(0)
+        return self._as_reads(first, queries, rows, offset, scores)
+
+    def score(self, first: int, last: int) -> torch.Tensor:
+        """The scores `[n, R, B, T]` that the queries `[first, last)` give the finished sources."""
+        if self.plan.uses_bank:
+            return self.bank.score(first, last)
+        return self._score_plainly(self.queries[first:last], self.sources[0])
+
+    @without_autocast
+    def _score_plainly(self, queries: torch.Tensor, first_source: torch.Tensor) -> torch.Tensor:
+        values = torch.stack(self.sources).to(queries.dtype)
+        return ((values @ queries.T) / source_norm(values, self.norm_floor)).movedim(-1, 1)
+
+    @without_autocast
+    def _sum_rows(self, weights: torch.Tensor) -> torch.Tensor:
+        if self.plan.uses_bank:
+            return self.bank.weighted_sum(weights)
+        sources = torch.stack(self.sources)
+        return weighted_sum(weights.to(sources.dtype), sources)
+
+    def _as_reads(self, first: int, queries, rows, offset, scores) -> list[DepthRead]:
+        parts, norm_floor = [None] * len(queries), self.norm_floor.to(queries.device)
+        if self.query_parts is not None:
+            parts = self.query_parts[first : first + len(queries)].to(queries.device).unbind(0)
+        of_reads = zip(queries.unsqueeze(-1).unbind(0), parts, rows, offset.unsqueeze(-1).unbind(0))
+        return [DepthRead(*of_read, scores, position, norm_floor) for position, of_read in enumerate(of_reads)]
+
+    # --- Phase 2
+
+    def mix(self, read: DepthRead, *state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Phase 2: merges the recent source, if there is one, into the row of phase 1.
+
+        Returns:
+            the mix `[B, T, D]`, and what [`mix_weights`] wants of it.
+        """
+        anchor, recents = self.split(state)
+        base = self.form.base(read.row, anchor)
+        if not recents:
+            return base if anchor else self.bank.row_to_keep(base), None
+        (recent,) = recents
+        num_sources = len(read.scores) + 1
+        return merge_recent(
+            self.form, base, read.offset, read.query, recent, read.norm_floor, num_sources, read.query_parts
+        )
+
+    def mix_and_norm(
+        self, read, norm: nn.Module, state: State
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The mix, `norm` of it, which is what a sublayer's function reads, and what [`mix_weights`] wants."""
+        mix, found = self.mix(read, *state)
+        return mix, norm(mix), found
+
+    def advance_and_mix(
+        self, read, next_read, norm: nn.Module, state: State, output: torch.Tensor, starts_block: bool
+    ):
+        """From the `output` `[B, T, D]` of one sublayer to the input of the next: the new state, and [`mix_and_norm`]."""
+        state = self.advance(read, state, output, starts_block)
+        return state, *self.mix_and_norm(next_read, norm, state)
+
+    def mix_weights(self, read: DepthRead, logit: torch.Tensor | None) -> torch.Tensor:
+        """The weights `[B, T, n]` of a mix, from what phase 1 and `mix` computed it with."""
+        scores = read.scores[:, read.position].movedim(0, -1)
+        if logit is not None:
+            scores = torch.cat([scores, self.form.recent_score(read.offset, logit)], dim=-1)
+        return torch.softmax(scores, dim=-1) * self.form.total(scores.shape[-1])
+
+    def mix_output(self, state: State, with_weights: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output mix `[B, T, D]` over all sources, and if asked its weights `[B, T, n]`."""
+        read = self.output_read or self._read(self.num_sublayers, self.num_sublayers + 1)[0]
+        state = tuple(tensor.to(self.queries.device) for tensor in state)  # where layers sit on several devices
+        mix, found = self.mix(read, *state)
+        return mix, self.mix_weights(read, found) if with_weights else None
+
+    # --- The block boundary
+
+    def advance(self, read: DepthRead, state: State, output: torch.Tensor, starts_block: bool) -> State:
+        """The state after a sublayer: its `output` `[B, T, D]` opens a block or is added to the open one."""
+        anchor, recents = self.split(state)
+        anchor = (stream + output for stream in anchor)
+        if starts_block:
+            return (*anchor, *recents, output)
+        return (*anchor, *recents[:-1], recents[-1] + output)
+
+    def close(self, state: State, next_sublayer: int) -> State:
         """Ends a group: files the blocks of `state` that are complete, and returns the state that is left."""
         if self.output_read is not None:
             return state
-        recents = self.form.recents(state)
+        anchor, recents = self.split(state)
         is_open = next_sublayer % self.sublayers_per_block != 0
         num_closed = len(recents) - is_open
         for source in recents[:num_closed]:
             self.file(source)
-        return self.form.without_closed(state, num_closed)
+        return (*anchor, *recents[num_closed:])
 
-    def mix_output(
-        self, state: tuple[torch.Tensor, ...], with_weights: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The output mix `[B, T, D]` over all sources, and if asked its weights `[B, T, n]`."""
-        read = self.output_read or self._read(self.num_sublayers, self.num_sublayers + 1)[0]
-        state = tuple(tensor.to(self.queries.device) for tensor in state)  # where layers sit on several devices
-        mix, logit = self.form.phase_two(read, self.norm_floor, *state)
-        return mix, self.form.mix_weights(read, logit) if with_weights else None
+    def split(self, state: State) -> tuple[State, State]:
+        """The depth state as the anchor and the sources that are not in the bank, oldest first."""
+        return state[: self.form.anchored], state[self.form.anchored :]
 
-    def stacked_sources(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def outward(self, state: State) -> State:
+        """`state` in the order in which a decoder layer takes and returns it, and back.
+
+        The stream comes first, as in a plain decoder layer. Without one, what was last written to does.
+        """
+        return state if self.form.anchored else state[::-1]
+
+    def stacked_sources(self, state: State) -> torch.Tensor:
         """All sources in order of depth, `[B, T, n, D]`, as a copy that outlives the bank."""
-        recents = (recent.to(self.embedding.device) for recent in self.form.recents(state))
+        recents = (recent.to(self.embedding.device) for recent in self.split(state)[1])
         return torch.stack((*self.sources, *recents), dim=-2)
-
-    def file(self, source: torch.Tensor) -> torch.Tensor:
-        """Makes `source` `[B, T, D]` the next finished source, and returns it as it is kept."""
-        if self.uses_bank:
-            # Source k is complete when sublayer k * S begins, and no earlier query reads it from the bank.
-            first_reader = min(max(self.bank.length * self.sublayers_per_block, self.first), self.num_sublayers)
-            source = self.bank.append(source, self.queries[: self.num_readers], self.norm_floor, first_reader)
-        self.sources.append(source)
-        return source

@@ -47,24 +47,24 @@ def _round(values, pointer):
 
 
 @triton.jit
-def _merge_shares(relative, num_sources, SUM: tl.constexpr):
-    """The shares of phase 1 and of the recent source, from the relative score of the latter.
+def _merge_shares(logit, num_sources, SUM: tl.constexpr):
+    """The shares of phase 1 and of the recent source, from the logit score of the latter.
 
-    "mean": `sigmoid(relative)` and its complement. "sum": `1 - c` and `c = t / (n / 2 - (n / 2 - 1) t)` with
-    `t = tanh(relative)`. The exponential is of a negative number in both and cannot overflow.
+    "mean": the complement of `sigmoid(logit)`, and it. "sum": `1 - c` and `c = t / (n / 2 - (n / 2 - 1) t)` with
+    `t = tanh(logit)`. The exponential is of a negative number in both and cannot overflow.
     """
     if SUM:
-        exponential = tl.exp(-2.0 * tl.abs(relative))
+        exponential = tl.exp(-2.0 * tl.abs(logit))
         tanh = tl.div_rn(1.0 - exponential, 1.0 + exponential)
-        tanh = tl.where(relative < 0, -tanh, tanh)
+        tanh = tl.where(logit < 0, -tanh, tanh)
         taken = tl.div_rn(tanh, num_sources * 0.5 - (num_sources * 0.5 - 1.0) * tanh)
         kept = 1.0 - taken
     else:
-        exponential = tl.exp(-tl.abs(relative))
+        exponential = tl.exp(-tl.abs(logit))
         small = tl.div_rn(exponential, 1.0 + exponential)
         large = tl.div_rn(1.0, 1.0 + exponential)
-        kept = tl.where(relative < 0, small, large)
-        taken = tl.where(relative < 0, large, small)
+        kept = tl.where(logit < 0, large, small)
+        taken = tl.where(logit < 0, small, large)
     return kept, taken
 
 
@@ -83,7 +83,7 @@ def _store_normed(normed_ptr, weight_ptr, values, inverse_rms, start, columns, m
 @triton.jit(do_not_specialize=["num_tokens", "num_sources"])
 def merge_forward(
     row_ptr,
-    stat_ptr,
+    offset_ptr,
     query_ptr,
     floor_ptr,
     recent_ptr,
@@ -91,7 +91,7 @@ def merge_forward(
     stream_ptr,
     weight_ptr,
     mix_ptr,
-    relative_ptr,
+    logit_ptr,
     new_recent_ptr,
     new_stream_ptr,
     normed_ptr,
@@ -123,7 +123,7 @@ def merge_forward(
     norm = tl.sqrt_rn(tl.sum(values * values, 0) + floor * floor)
     score = tl.div_rn(tl.sum(values * _load(query_ptr, 0, columns, mask), 0), norm)
     if SUM:
-        relative = tl.load(stat_ptr + token) + 0.5 * score
+        logit = tl.load(offset_ptr + token) + 0.5 * score
         base = _load(stream_ptr, start, columns, mask)
         if output_ptr is not None:
             base = _round(base + output, new_stream_ptr)
@@ -131,14 +131,14 @@ def merge_forward(
         if row_ptr is not None:
             base += _load(row_ptr, start, columns, mask)
     else:
-        relative = tl.load(stat_ptr + token) - score
+        logit = tl.load(offset_ptr + token) + score
         base = _load(row_ptr, start, columns, mask)
-    kept, taken = _merge_shares(relative, num_sources, SUM)
+    kept, taken = _merge_shares(logit, num_sources, SUM)
     if SUM:
         taken *= num_sources
     mix = _round(kept * base + taken * values, mix_ptr)
     _store(mix_ptr, start, columns, mix, mask)
-    tl.store(relative_ptr + token, relative)
+    tl.store(logit_ptr + token, logit)
     tl.store(saved_ptr + token, score)
     tl.store(saved_ptr + num_tokens + token, norm)
     if normed_ptr is not None:
@@ -153,15 +153,15 @@ def merge_backward(
     values_ptr,
     query_ptr,
     weight_ptr,
-    relative_ptr,
+    logit_ptr,
     saved_ptr,
     mix_gradient_ptr,
     normed_gradient_ptr,
-    relative_gradient_ptr,
+    logit_gradient_ptr,
     values_gradient_ptr,
     stream_gradient_ptr,
     to_row_ptr,
-    to_stat_ptr,
+    to_offset_ptr,
     to_values_ptr,
     to_stream_ptr,
     to_output_ptr,
@@ -190,7 +190,7 @@ def merge_backward(
             inverse_rms = tl.load(saved_ptr + 2 * num_tokens + token)
 
         # Inner products over all columns. A larger share of the recent source moves the mix along `away`: the derivative
-        # of the mix by the relative score is a scalar times n recent - mix ("sum") or recent - mix, without the row.
+        # of the mix by the logit score is a scalar times n recent - mix ("sum") or recent - mix, without the row.
         normed_along = tl.zeros([WIDTH], tl.float32)
         normed_away = tl.zeros([WIDTH], tl.float32)
         mix_away = tl.zeros([WIDTH], tl.float32)
@@ -216,16 +216,16 @@ def merge_backward(
         if mix_gradient_ptr is not None:
             gradient_away += tl.sum(direct_away, 0)
 
-        kept, taken = _merge_shares(tl.load(relative_ptr + token), num_sources, SUM)
+        kept, taken = _merge_shares(tl.load(logit_ptr + token), num_sources, SUM)
         if SUM:
-            to_relative = gradient_away * tl.div_rn(2.0 * (1.0 + (num_sources - 1) * taken), num_sources * 1.0)
+            to_logit = gradient_away * tl.div_rn(2.0 * (1.0 + (num_sources - 1) * taken), num_sources * 1.0)
             taken *= num_sources
         else:
-            to_relative = -gradient_away * taken
-        if relative_gradient_ptr is not None:
-            to_relative += tl.load(relative_gradient_ptr + token)
-        tl.store(to_stat_ptr + token, to_relative)
-        to_score = 0.5 * to_relative if SUM else -to_relative
+            to_logit = gradient_away * taken
+        if logit_gradient_ptr is not None:
+            to_logit += tl.load(logit_gradient_ptr + token)
+        tl.store(to_offset_ptr + token, to_logit)
+        to_score = 0.5 * to_logit if SUM else to_logit
 
         # The slice is read again, from the cache. Kept in registers it would leave none for the sums over tokens.
         gradient = tl.zeros([WIDTH], tl.float32)
@@ -293,7 +293,7 @@ def rows_forward(
     scores_ptr,
     sources_ptr,
     rows_ptr,
-    stat_ptr,
+    offset_ptr,
     num_tokens,
     num_sources,
     num_rows,
@@ -317,10 +317,10 @@ def rows_forward(
         if SUM:
             # The logarithm of 1 need not be exactly 0 on a device.
             mean = tl.div_rn(total, num_sources * 1.0)
-            stat = -0.5 * (largest + tl.where(mean == 1.0, 0.0, tl.log(mean)))
+            offset = -0.5 * (largest + tl.where(mean == 1.0, 0.0, tl.log(mean)))
         else:
-            stat = largest + tl.log(total)
-        tl.store(stat_ptr + rows * num_tokens + token, stat, mask=is_row)
+            offset = -(largest + tl.log(total))
+        tl.store(offset_ptr + rows * num_tokens + token, offset, mask=is_row)
 
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     for source in range(num_sources):
@@ -337,7 +337,7 @@ def rows_backward(
     scores_ptr,
     sources_ptr,
     rows_gradient_ptr,
-    stat_gradient_ptr,
+    offset_gradient_ptr,
     to_scores_ptr,
     to_sources_ptr,
     num_tokens,
@@ -383,9 +383,9 @@ def rows_backward(
     if SUM:
         to_weights *= num_sources
     through_all = tl.sum(softmax * to_weights, 0)
-    if stat_gradient_ptr is not None:
-        to_stat = tl.load(stat_gradient_ptr + rows * num_tokens + token, mask=is_row, other=0.0)
-        through_all += 0.5 * to_stat if SUM else -to_stat
+    if offset_gradient_ptr is not None:
+        to_offset = tl.load(offset_gradient_ptr + rows * num_tokens + token, mask=is_row, other=0.0)
+        through_all += 0.5 * to_offset if SUM else to_offset
     to_scores = softmax * (to_weights - through_all[None, :])
     offsets = (slots * num_rows + rows[None, :]) * num_tokens + token
     tl.store(to_scores_ptr + offsets, to_scores, mask=(slots < num_sources) & is_row[None, :])

@@ -20,17 +20,17 @@ written, source by source, with plain autograd: what they cost is not what the t
 between sublayers is all sources so far, so that gradient checkpointing sees tensors only.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .block_summaries_attnres import BlockSummaries, accumulation_dtype, norm_with_floor, without_autocast
 from .configuration_attnres import AttnResConfig
-from .depth_attention_attnres import FORMS, DepthAttention, DepthStream, MeanWeights, SumWeights, init_query
-from .depth_decode_attnres import DecodeMean, DecodeStream, DecodeSum, is_decode_step
-from .depth_full_attnres import FullMean, FullStream, FullSum
+from .depth_attention_attnres import DepthAttention, DepthStream, State, init_query
+from .depth_weights_attnres import FORMS, Form, accumulation_dtype, source_norm, without_autocast
 
 
 # --- Parameters ------------------------------------------------------------------------------------------------------
@@ -109,193 +109,131 @@ class InputDependentDepthAttention(DepthAttention):
         return f"num_sublayers={self.key_norm.shape[0]}, hidden_size={self.key_norm.shape[1]}, eps={self.eps}"
 
 
-# --- Forms -----------------------------------------------------------------------------------------------------------
+# --- Scores: `[n, B, T]` (or `[n, B, T, H]`) of the sources `values` `[n, B, T, D]` ------------------------------------
+
+
+def normed_scores(query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
+    """`w_l . RMSNorm_l(v_i)`, with the query `[D]` folded as in [`DepthAttention`]: the method's own."""
+    return (values @ query) / source_norm(values, norm_floor).squeeze(-1)
+
+
+def unnormed_scores(query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
+    """`w_l . v_i`: large sources weigh in by their size."""
+    return values @ query
+
+
+def scores_per_head(query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Every slice of `D / H` channels has scores of its own; keys are normed over all of D."""
+    return (values * query).unflatten(-1, (heads, -1)).sum(-1) / source_norm(values, norm_floor)
+
+
+def input_dependent_scores(projection: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
+    """`w_l = W_l RMSNorm_l(v_n)`: the query is projected `[D, D]` from the most recent source, token by token."""
+    normed = values / source_norm(values, norm_floor)
+    return (normed @ projection * normed[-1]).sum(-1)
+
+
+def learned_scalars(scalars: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
+    """`alpha_{l,i}` for every token (input-independent mixing, in the manner of DenseFormer)."""
+    return scalars[: len(values)].view(-1, 1, 1).expand(values.shape[:-1])
+
+
+# --- Weights from scores, over the first dimension --------------------------------------------------------------------
+
+softmax = functools.partial(torch.softmax, dim=0)
+
+
+def windowed_softmax(scores: torch.Tensor, window: int) -> torch.Tensor:
+    """Sees the embedding and the last `window` sources; older ones have weight 0."""
+    index = torch.arange(len(scores), device=scores.device).view(-1, 1, 1)
+    hidden = (index > 0) & (index < len(scores) - window)
+    return softmax(scores.masked_fill(hidden, float("-inf")))
+
+
+# --- The form and its stream -----------------------------------------------------------------------------------------
 
 
 class SourcesStream(DepthStream):
     """The depth side of a forward without bank and phases: every mix sees all sources, which are the depth state."""
 
-    def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def start(self, embedding: torch.Tensor) -> State:
         self.embedding = embedding
-        return self.form.start(embedding)
+        return (embedding,)
 
-    def read(self, first: int, last: int) -> None:
-        """Nothing to prepare: the layers are given their rows of `queries`."""
+    def read(self, first: int, last: int) -> list[torch.Tensor]:
+        """The parameters of each mix: there is nothing to read before it."""
+        return list(self.queries[first:last].unbind(0))
 
-    def close(self, state: tuple[torch.Tensor, ...], next_sublayer: int) -> tuple[torch.Tensor, ...]:
+    def inputs_again(self, first: int) -> tuple[torch.Tensor, ...]:
+        return (self.queries[first : first + 2],)
+
+    def read_again(self, queries: torch.Tensor, first: int) -> list[torch.Tensor]:
+        return list(queries.unbind(0))
+
+    def mix(self, read: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mix `[B, T, D]` of the n sources in `state`, and its weights `[n, B, T]` (or `[n, B, T, H]`)."""
+        return self.form.mix(read, self.norm_floor.to(read.device), *state)
+
+    def mix_weights(self, read: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The weights as `[B, T, n]`, averaged over heads."""
+        return (weights.mean(-1) if weights.dim() == 4 else weights).movedim(0, -1)
+
+    def mix_output(self, state: State, with_weights: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mix, weights = self.mix(self.queries[-1], *(tensor.to(self.queries.device) for tensor in state))
+        return mix, self.mix_weights(self.queries[-1], weights) if with_weights else None
+
+    def close(self, state: State, next_sublayer: int) -> State:
         return state
-
-    def mix_output(self, state, with_weights: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        state = tuple(tensor.to(self.queries.device) for tensor in state)
-        mix, weights = self.form.phase_two(self.queries[-1], self.norm_floor, *state)
-        return mix, self.form.mix_weights(self.queries[-1], weights) if with_weights else None
 
 
 class SourcesForm:
-    """A mix over all sources: the steps that a variant replaces are `weights` and what they are made of.
+    """A mix over all sources: `h = sum_i a_i v_i` with `a = weights(scores(w_l, v))`.
 
-    `advance` and `recents` are those of [`MeanWeights`], over a state that holds every source.
+    Args:
+        scores: one of the functions above, of a sublayer's parameters, the sources and the norm's floor.
+        weights: one of the functions above, of the scores.
     """
 
-    advance = staticmethod(MeanWeights.advance)
-    recents = staticmethod(MeanWeights.recents)
-    outward = staticmethod(MeanWeights.outward)
+    stream = SourcesStream
+    anchored = 0
 
-    def stream(self, *args, **kwargs) -> SourcesStream:
-        return SourcesStream(*args, form=self, **kwargs)
-
-    def start(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (embedding,)
-
-    def read_sources(
-        self, queries: torch.Tensor, sources: tuple, norm_floor: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """The parameters of each of a layer's mixes; the sources come with the state."""
-        return queries.unbind(0)
+    def __init__(self, scores: Callable = normed_scores, weights: Callable = softmax):
+        self.scores, self.weights = scores, weights
 
     @without_autocast
-    def phase_two(self, query: torch.Tensor, norm_floor: torch.Tensor, *state: torch.Tensor):
-        """The mix `[B, T, D]` of the n sources `[B, T, D]` in `state`, and its weights `[n, B, T]` (or `[n, B, T, H]`).
-
-        A single source is handed on as it is: sublayer 0 has no query.
-        """
-        if len(state) == 1:
-            return state[0], state[0].new_ones((1, *state[0].shape[:-1]), dtype=query.dtype)
-        values = torch.stack(state).to(query.dtype)
-        weights = self.weights(query, values, norm_floor)
-        return self.weighted_sum(weights, values).to(state[0].dtype), weights
-
-    def mix_weights(self, query: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The weights as `[B, T, n]`."""
-        return weights.movedim(0, -1)
-
-    def scores(self, query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-        """`[n, B, T]`: the query `[D]`, folded as in [`DepthAttention`], with the normed sources `[n, B, T, D]`."""
-        return (values @ query) / norm_with_floor(values, norm_floor).squeeze(-1)
-
-    def weights(self, query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self.scores(query, values, norm_floor), dim=0)
-
-    def weighted_sum(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return (weights.unsqueeze(-1) * values).sum(0)
-
-
-class StaticWeights(SourcesForm):
-    """`h_l = sum_i alpha_{l,i} v_i` with learned scalars (input-independent mixing, in the manner of DenseFormer)."""
-
-    def weights(self, query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-        return query[: len(values)].view(-1, 1, 1).expand(values.shape[:-1])
-
-
-class SigmoidWeights(SourcesForm):
-    """`a_i = sigmoid(w_l . RMSNorm_l(v_i))`: sources do not compete."""
-
-    def weights(self, query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.scores(query, values, norm_floor))
-
-
-class UnnormedKeys(SourcesForm):
-    """`a = softmax_i(w_l . v_i)`: large sources weigh in by their size."""
-
-    def scores(self, query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-        return values @ query
-
-
-class SlidingWindow(SourcesForm):
-    """The softmax sees the embedding and the last `window` sources; older ones have weight 0."""
-
-    def __init__(self, window: int):
-        self.window = window
-
-    def scores(self, query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-        scores = super().scores(query, values, norm_floor)
-        index = torch.arange(len(scores), device=scores.device).view(-1, 1, 1)
-        hidden = (index > 0) & (index < len(scores) - self.window)
-        return scores.masked_fill(hidden, float("-inf"))
-
-
-class MultiHead(SourcesForm):
-    """Every slice of `D / H` channels has its own softmax over depth; keys are normed over all of D.
-
-    `mix_weights` gives the average over heads.
-    """
-
-    def __init__(self, num_heads: int):
-        self.num_heads = num_heads
-
-    def scores(self, query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-        per_head = (values * query).unflatten(-1, (self.num_heads, -1)).sum(-1)
-        return per_head / norm_with_floor(values, norm_floor)
-
-    def weighted_sum(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return (weights.unsqueeze(-1) * values.unflatten(-1, (self.num_heads, -1))).sum(0).flatten(-2)
-
-    def mix_weights(self, query: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return super().mix_weights(query, weights.mean(-1) if weights.dim() == 4 else weights)
-
-
-class InputDependentQuery(SourcesForm):
-    """`w_l = W_l RMSNorm_l(v_n)`: the query is projected from the most recent source, token by token."""
-
-    def scores(self, query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
-        normed = values / norm_with_floor(values, norm_floor)
-        return (normed @ query * normed[-1]).sum(-1)
+    def mix(self, query: torch.Tensor, norm_floor: torch.Tensor, *sources: torch.Tensor):
+        """The mix `[B, T, D]` of n sources `[B, T, D]`, and its weights; a single one is handed on: it has no query."""
+        if len(sources) == 1:
+            return sources[0], sources[0].new_ones((1, *sources[0].shape[:-1]), dtype=query.dtype)
+        values = torch.stack(sources).to(query.dtype)
+        weights = self.weights(self.scores(query, values, norm_floor))
+        per_channel = weights.unsqueeze(-1)
+        if weights.dim() == 4:  # [n, B, T, H]: each head weighs its own slice
+            mix = (per_channel * values.unflatten(-1, (weights.shape[-1], -1))).sum(0).flatten(-2)
+        else:
+            mix = (per_channel * values).sum(0)
+        return mix.to(sources[0].dtype), weights
 
 
 # --- Choice ----------------------------------------------------------------------------------------------------------
 
 
-def build_depth_attention(config: AttnResConfig) -> tuple[DepthAttention, "type[MeanWeights] | SourcesForm"]:
+def build_depth_attention(config: AttnResConfig) -> tuple[DepthAttention, Form | SourcesForm]:
     """The module that owns the depth parameters, and the form that computes mixes with them.
 
     Chosen once, when a model is built: a forward does not know which one it runs.
     """
     kind = config.depth_attention_type
     if kind == "static":
-        return StaticMixing(config), StaticWeights()
+        return StaticMixing(config), SourcesForm(learned_scalars, weights=lambda scalars: scalars)
     if kind == "no_key_norm":
-        return UnnormedDepthAttention(config), UnnormedKeys()
+        return UnnormedDepthAttention(config), SourcesForm(unnormed_scores)
     if kind == "input_dependent":
-        return InputDependentDepthAttention(config), InputDependentQuery()
+        return InputDependentDepthAttention(config), SourcesForm(input_dependent_scores)
     forms = {
         "softmax": FORMS[config.depth_weights],
-        "sigmoid": SigmoidWeights(),
-        "sliding_window": SlidingWindow(config.depth_window),
-        "multi_head": MultiHead(config.depth_heads),
+        "sigmoid": SourcesForm(weights=torch.sigmoid),
+        "sliding_window": SourcesForm(weights=functools.partial(windowed_softmax, window=config.depth_window)),
+        "multi_head": SourcesForm(functools.partial(scores_per_head, heads=config.depth_heads)),
     }
     return DepthAttention(config.num_sublayers, config.text_config.hidden_size, config.depth_norm_eps), forms[kind]
-
-
-# The forms of the method itself have faster ways through one forward.
-DECODE_FORMS = {MeanWeights: DecodeMean, SumWeights: DecodeSum}
-FULL_FORMS = {MeanWeights: FullMean, SumWeights: FullSum}
-
-
-def open_stream(
-    form,
-    embedding: torch.Tensor,
-    queries: torch.Tensor,
-    norm_floor: torch.Tensor,
-    bank: BlockSummaries,
-    sublayers_per_block: int,
-    undivided: bool = True,
-) -> DepthStream:
-    """The depth side of one forward over all sublayers, in the way that is fastest for its shape.
-
-    Args:
-        form: from [`build_depth_attention`].
-        embedding: `[B, T, D]`, for its shape and device.
-        queries, norm_floor: from [`DepthAttention`].
-        bank: the block summaries to fill.
-        sublayers_per_block: S.
-        undivided: whether every sublayer reads and writes the bank itself: nothing that recomputes a layer, or hands
-            it copies, stands in between.
-    """
-    arguments = (queries, norm_floor, bank, sublayers_per_block)
-    if not undivided or torch.compiler.is_compiling() or form not in DECODE_FORMS:
-        return form.stream(*arguments)
-    if is_decode_step(embedding):
-        return DecodeStream(*arguments, form=DECODE_FORMS[form])
-    if sublayers_per_block == 1:
-        return FullStream(*arguments, form=FULL_FORMS[form])
-    return form.stream(*arguments)

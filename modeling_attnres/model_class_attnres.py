@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Model classes made per backbone, so that whoever asks a class about itself gets the backbone's answer.
+"""Model classes made per backbone: a class that is asked about itself gives the backbone's answer.
 
 Transformers asks a model's class, not the model, what it can do (attention and expert implementations, stateful caches),
 which plans it has and which names it ignores. It also finds a backbone's weight conversions by the name of a class.

@@ -66,7 +66,8 @@ from .decoder_layer_attnres import (
     run_decoder_layers,
 )
 from .depth_attention_attnres import DepthAttention
-from .depth_variants_attnres import build_depth_attention, open_stream
+from .depth_streams_attnres import open_stream
+from .depth_variants_attnres import build_depth_attention
 from .flat_config_attnres import on_config_class
 from .model_class_attnres import FORMER_LEVEL, blank_model, model_class_for, plain_shell
 from .peft_attnres import register_peft_targets
@@ -147,8 +148,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
         return (cls.backbone_model_class or super())._can_set_experts_implementation()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
-        # In what it takes for custom code, Transformers passes over modules without weights of their own, and some of
-        # those initialise their children's (the routers of qwen3_next). Loaded weights are left alone either way.
+        # For remote code Transformers skips modules without weights of their own, and some of those initialise their
+        # children's (the routers of qwen3_next). Loaded weights are left alone either way.
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
@@ -254,18 +255,20 @@ class AttnResModel(AttnResPreTrainedModel):
 
         layers = list(self.layers)[: self.config.num_hidden_layers]  # fewer while `assistant_early_exit` drafts
         embedding = self.depth_input(inputs_embeds)
-        # Beside the embedding, where the bank lies, also if a device map has put the module elsewhere.
-        queries, norm_floor = (tensor.to(embedding.device) for tensor in self.depth_attention(embedding))
         bank = None
         # Compiled code plans its own memory; a bank from outside would only be guarded and recompiled for.
         if not torch.compiler.is_compiling():
             bank = getattr(cache, "block_summaries", None) if block_summaries is None else block_summaries
+        bank = BlockSummaries() if bank is None else bank
+        # Beside the embedding, where the bank lies, also if a device map has put the module elsewhere.
+        folded = bank.fold_queries(self.depth_attention, embedding)
+        queries, norm_floor = (tensor.to(embedding.device) for tensor in folded)
         depth = open_stream(
             self.depth_form,
             embedding,
             queries[: 2 * len(layers) + 1],
             norm_floor,
-            BlockSummaries() if bank is None else bank,
+            bank,
             self.config.sublayers_per_block,
             undivided=not any(is_run_apart(layer, self.training) for layer in layers),
         )
@@ -387,7 +390,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # One bank for the whole `generate`: every decode step reuses its allocation. It goes along with the cache, and not
-        # as one more argument: whoever records a step's arguments (exporters) knows tensors and caches alone.
+        # as one more argument: exporters, which record a step's arguments, know tensors and caches alone.
         if isinstance(model_kwargs.get(CACHE), Cache):
             model_kwargs[CACHE].block_summaries = BlockSummaries()
 

@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .block_summaries_attnres import BlockSummaries
-from .depth_attention_attnres import FORMS, DepthAttention, naive_depth_attention
-from .depth_variants_attnres import open_stream
+from .depth_attention_attnres import DepthAttention
+from .depth_streams_attnres import open_stream
+from .depth_weights_attnres import FORMS, naive_depth_attention
 
 
 def attention_residuals(
@@ -98,8 +99,8 @@ def _two_phase_stack(embedding, sublayers, query, key_norm, eps, sublayers_per_b
     state = depth.start(embedding)
     for first, last in depth.groups:
         for index, read in enumerate(depth.read(first, last), start=first):
-            hidden_states, _ = depth.form.phase_two(read, norm_floor, *state)
+            hidden_states, _ = depth.mix(read, *state)
             output = sublayers[index](hidden_states)
-            state = depth.form.advance(read, state, output, starts_block=index % sublayers_per_block == 0)
+            state = depth.advance(read, state, output, starts_block=index % sublayers_per_block == 0)
         state = depth.close(state, next_sublayer=last)
     return depth.mix_output(state)[0]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""State dicts under the names of a checkpoint's files, for whoever loads one into a model that exists already."""
+"""State dicts under the names of a checkpoint's files, for loading one into a model that exists already."""
 
 import copy
 from collections.abc import Mapping

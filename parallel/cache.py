@@ -15,8 +15,8 @@
 
 A later virtual stage reads a cached source through a leaf that is cut off the graph of the stage that filed it. On
 one rank the backward of a later virtual stage runs before that of an earlier one, so when the filing stage's turn
-comes the leaf's gradient is complete: it is one more gradient of that stage's outputs, and so returns to whoever
-produced the source.
+comes the leaf's gradient is complete: it is one more gradient of that stage's outputs, and so returns to the
+stage that produced the source.
 """
 
 from collections.abc import Sequence

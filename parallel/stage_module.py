@@ -26,6 +26,7 @@ from modeling_attnres.block_summaries_attnres import BlockSummaries
 from modeling_attnres.compat_attnres import slice_logits_to_keep
 from modeling_attnres.decoder_layer_attnres import backbone_inputs, run_decoder_layers
 from modeling_attnres.depth_attention_attnres import DepthAttention, DepthStream
+from modeling_attnres.depth_streams_attnres import open_stream
 from modeling_attnres.modeling_attnres import AttnResForCausalLM
 from modeling_attnres.parallel.layout import PipelineLayout
 
@@ -41,7 +42,7 @@ class AttnResStageModule(nn.Module):
     parameters, the rows that this stage's sublayers (and on the last stage the output mix) read.
 
     Args:
-        model: the whole model; whoever built it may drop it afterwards to free the other stages' parts.
+        model: the whole model; dropping it afterwards frees the other stages' parts.
         layout: what crosses the boundaries.
         stage: index of the stage.
     """
@@ -126,8 +127,9 @@ class AttnResStageModule(nn.Module):
         below = self.config.num_sublayers + 1 - self.first_row - len(folded)
         queries = nn.functional.pad(folded, (0, 0, self.first_row, below))
         sublayers = (2 * self.layers.start, 2 * self.layers.stop)
-        return self.depth_form.stream(
-            queries, norm_floor, BlockSummaries(), self.config.sublayers_per_block, sublayers=sublayers
+        size = self.config.sublayers_per_block
+        return open_stream(
+            self.depth_form, hidden, queries, norm_floor, BlockSummaries(), size, undivided=False, sublayers=sublayers
         )
 
 

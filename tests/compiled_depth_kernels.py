@@ -51,17 +51,17 @@ def call_all(num_tokens: int, num_sources: int, hidden_size: int = 100):
     def draw(*shape):
         return torch.randn(*shape, hidden_size).bfloat16()
 
-    stat, query, floor = torch.randn(num_tokens), torch.randn(hidden_size), torch.tensor(0.1)
+    offset, query, floor = torch.randn(num_tokens), torch.randn(hidden_size), torch.tensor(0.1)
     row, recent, output, stream, weight = (draw(num_tokens) for _ in range(5))
     row.requires_grad_()
-    merge(row, stat, query, recent, floor, impl="triton").mix.sum().backward()
+    merge(row, offset, query, recent, floor, impl="triton").mix.sum().backward()
     options = {"output": output, "stream": stream, "norm_weight": weight[0], "norm_eps": 1e-5, "impl": "triton"}
-    merged = merge(row, stat, query, recent, floor, num_sources=num_sources + 1, **options)
-    (merged.mix + merged.recent + merged.stream + merged.normed + merged.relative.unsqueeze(-1)).sum().backward()
+    merged = merge(row, offset, query, recent, floor, num_sources=num_sources + 1, **options)
+    (merged.mix + merged.recent + merged.stream + merged.normed + merged.logit.unsqueeze(-1)).sum().backward()
     scores, sources = torch.randn(num_sources, 3, num_tokens), draw(num_sources, num_tokens)
     for form in ("mean", "sum"):
-        rows, stat = phase_one_rows(scores, sources, form, impl="triton")
-        phase_one_rows_backward(rows, stat, scores, sources, form, torch.zeros_like(sources), impl="triton")
+        rows, offset = phase_one_rows(scores, sources, form, impl="triton")
+        phase_one_rows_backward(rows, offset, scores, sources, form, torch.zeros_like(sources), impl="triton")
         phase_one_rows_backward(rows, None, scores, sources, form, impl="triton")
     bank = sources.float()
     decode_mix(bank, num_sources, query, floor, impl="triton")

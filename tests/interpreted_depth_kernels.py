@@ -31,7 +31,7 @@ DOCUMENT = (Path(__file__).parents[1] / "docs/kernels.md").read_text(encoding="u
 TRAFFIC = DOCUMENT.split("## Launches and memory")[1].split("\n## ")[0]
 # A power of two, multiples of 16 bytes in fp32 alone and not, a real width; tokens that fill nothing.
 SHAPES = [(7, 64), (33, 96), (1, 100), (7, 100), (2, 576)]
-# Errors in norm, relative. fp32: some roundings of 6e-8. bf16: results and what backward reads of the mix are rounded,
+# Relative errors in norm. fp32: some roundings of 6e-8. bf16: results and what backward reads of the mix are rounded,
 # 2^-9 each; the gradients of the scores come from differences of rounded tensors.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 GRADIENT_TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2**-6}
@@ -67,7 +67,7 @@ def merge_arguments(shape, dtype, form, adds, norm, query_scale=0.1):
     def draw():
         return torch.randn(shape).to(dtype)
 
-    arguments = {"row": draw(), "stat": torch.randn(shape[:-1]), "query": torch.randn(shape[-1]) * query_scale}
+    arguments = {"row": draw(), "offset": torch.randn(shape[:-1]), "query": torch.randn(shape[-1]) * query_scale}
     arguments["norm_floor"] = torch.tensor(0.3)
     arguments["recent"] = None if adds == "opens" else 3 * draw()
     if adds:
@@ -79,12 +79,12 @@ def merge_arguments(shape, dtype, form, adds, norm, query_scale=0.1):
     return arguments
 
 
-def exact_merge(row, stat, query, recent, norm_floor, output=None, stream=None, dtype=None, **others):
+def exact_merge(row, offset, query, recent, norm_floor, output=None, stream=None, dtype=None, **others):
     """The reference in fp64, but with sums rounded to `dtype` as they are stored."""
     if output is not None:
         recent = output if recent is None else rounded(recent + output, dtype)
         stream = None if stream is None else rounded(stream + output, dtype)
-    return merge(row, stat, query, recent, norm_floor, stream=stream, **others)
+    return merge(row, offset, query, recent, norm_floor, stream=stream, **others)
 
 
 def assert_merge_is_exact(arguments, dtype, gradients_of=None):
@@ -97,7 +97,7 @@ def assert_merge_is_exact(arguments, dtype, gradients_of=None):
         if exact_value is None:
             assert value is None
             continue
-        assert value.dtype == (torch.float32 if name == "relative" else dtype)
+        assert value.dtype == (torch.float32 if name == "logit" else dtype)
         if name in ("recent", "stream"):
             assert torch.equal(value.double(), exact_value), name
         else:
@@ -127,8 +127,8 @@ def test_merge(shape, form, dtype):
 
 # Which outputs have a gradient decides which tensors the backward is compiled with.
 GRADIENTS_OF = {
-    "mean": [(False, ("mix",)), (True, ("normed",)), (True, ("relative",)), (True, ("recent", "normed"))],
-    "sum": [(False, ("mix",)), (True, ("normed",)), (False, ("relative", "mix")), (True, ("stream", "mix", "normed"))],
+    "mean": [(False, ("mix",)), (True, ("normed",)), (True, ("logit",)), (True, ("recent", "normed"))],
+    "sum": [(False, ("mix",)), (True, ("normed",)), (False, ("logit", "mix")), (True, ("stream", "mix", "normed"))],
 }
 
 
@@ -148,7 +148,7 @@ def test_merge_of_some_arguments_and_gradients(form, norm, gradients_of, adds):
 def test_merge_of_equal_and_of_one_hot_scores(query_scale, form):
     arguments = merge_arguments((7, 100), torch.float32, form, "output", norm=True, query_scale=query_scale)
     if query_scale == 0:
-        arguments["stat"] = torch.full((7,), math.log(4.0) if form == "mean" else 0.0)
+        arguments["offset"] = torch.full((7,), -math.log(4.0) if form == "mean" else 0.0)
     gradients_of = ("normed",) if query_scale == 0 else ("recent",)  # the others' are differences near 0
     assert_merge_is_exact(arguments, torch.float32, gradients_of)
 
@@ -168,7 +168,7 @@ def test_merge_of_strided_tensors():
 @pytest.mark.parametrize("has_row", [False, True], ids=["no-row", "zero-row"])
 def test_merge_with_zero_queries_hands_on_the_plain_stream(has_row, adds, dtype):
     arguments = merge_arguments((7, 100), dtype, "sum", adds, norm=True, query_scale=0.0)
-    arguments["stat"].zero_()
+    arguments["offset"].zero_()
     arguments["row"] = torch.zeros_like(arguments["row"]) if has_row else None
     result = merge(**arguments, impl="triton")
     stream = arguments["stream"] + arguments["output"] if adds else arguments["stream"]
@@ -188,39 +188,39 @@ def test_kernels_of_a_group_are_naive_depth_attention(query_scale, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("num_sources", "num_rows", "shape"), [(1, 1, (1, 64)), (5, 9, (7, 96)), (9, 8, (1, 2, 576))])
 def test_phase_one(num_sources, num_rows, shape, form, dtype):
-    scores, stat_gradient = torch.randn(num_sources, num_rows, *shape[:-1]), torch.randn(num_rows, *shape[:-1])
+    scores, offset_gradient = torch.randn(num_sources, num_rows, *shape[:-1]), torch.randn(num_rows, *shape[:-1])
     sources, held = torch.randn(2, num_sources, *shape).to(dtype)
     rows_gradient = torch.randn(num_rows, *shape).to(dtype)
-    inputs = (rows_gradient, stat_gradient, scores, sources)
+    inputs = (rows_gradient, offset_gradient, scores, sources)
     exact_held = held.double()
-    exact_rows, exact_stat = phase_one_rows(scores.double(), sources.double(), form)
+    exact_rows, exact_offset = phase_one_rows(scores.double(), sources.double(), form)
     exact = phase_one_rows_backward(*(x.double() for x in inputs), form, exact_held)
-    without_stat = phase_one_rows_backward(rows_gradient.double(), None, *(x.double() for x in inputs[2:]), form)
+    without_offset = phase_one_rows_backward(rows_gradient.double(), None, *(x.double() for x in inputs[2:]), form)
 
-    rows, stat = phase_one_rows(scores, sources, form, impl="triton")
+    rows, offset = phase_one_rows(scores, sources, form, impl="triton")
     assert relative_error(rows, exact_rows) < TOLERANCE[dtype]
     assert rows.dtype == dtype
-    assert relative_error(stat, exact_stat) < TOLERANCE[torch.float32]
+    assert relative_error(offset, exact_offset) < TOLERANCE[torch.float32]
     scores_gradient = phase_one_rows_backward(*inputs, form, held, impl="triton")
     assert relative_error(held, exact_held) < TOLERANCE[dtype]
     torch.testing.assert_close(scores_gradient.double(), exact, rtol=1e-5, atol=1e-5 * num_rows)  # sums over D in fp32
     scores_gradient = phase_one_rows_backward(rows_gradient, None, scores, sources, form, impl="triton")
-    torch.testing.assert_close(scores_gradient.double(), without_stat, rtol=1e-5, atol=1e-5 * num_rows)
+    torch.testing.assert_close(scores_gradient.double(), without_offset, rtol=1e-5, atol=1e-5 * num_rows)
 
 
 def test_phase_one_with_equal_scores_is_exactly_zero():
     scores, sources = torch.full((5, 3, 7), 3.7), 100 * torch.randn(5, 7, 96)
-    rows, stat = phase_one_rows(scores, sources, "sum", impl="triton")
+    rows, offset = phase_one_rows(scores, sources, "sum", impl="triton")
     assert not rows.any()
-    assert torch.equal(stat, scores[0] / -2)
+    assert torch.equal(offset, scores[0] / -2)
 
 
 def test_phase_one_with_one_hot_scores():
     scores, sources = torch.randn(5, 3, 7), torch.randn(5, 7, 96).bfloat16()
     scores[2] += 200
-    rows, stat = phase_one_rows(scores, sources, "mean", impl="triton")
+    rows, offset = phase_one_rows(scores, sources, "mean", impl="triton")
     assert torch.equal(rows, sources[2].expand_as(rows))
-    assert torch.equal(stat, scores[2])
+    assert torch.equal(offset, -scores[2])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modeling_attnres import BlockSummaries
+from modeling_attnres.depth_attention_attnres import DepthAttention
 
 
 FLOOR = torch.tensor(1e-3)
@@ -111,3 +112,22 @@ def test_gradients_pass_gradcheck():
         return early, late, alias * 2
 
     assert torch.autograd.gradcheck(read_twice, (queries, *sources))
+
+
+@torch.no_grad()
+def test_queries_are_folded_again_only_when_they_may_have_changed():
+    module, embedding, bank = DepthAttention(4, 8, 1e-6), torch.zeros(1, 1, 8), BlockSummaries()
+    folded = bank.fold_queries(module, embedding)
+    assert bank.fold_queries(module, embedding) is folded
+    module.query.add_(1)
+    changed = bank.fold_queries(module, embedding)
+    assert torch.equal(changed[0], module(embedding)[0])
+    assert bank.fold_queries(module, embedding.double())[0].dtype == torch.float64
+    module.query = torch.nn.Parameter(2 * module.query)
+    assert torch.equal(bank.fold_queries(module, embedding)[0], module(embedding)[0])
+    stand_in = torch.nn.Sequential(module)
+    assert bank.fold_queries(stand_in, embedding) is not bank.fold_queries(stand_in, embedding)
+    with torch.enable_grad():
+        assert bank.fold_queries(module, embedding)[0].requires_grad
+    module.register_forward_hook(lambda module, inputs, output: (output[0] + 1, output[1]))
+    assert torch.equal(bank.fold_queries(module, embedding)[0], module(embedding)[0])

@@ -3,14 +3,11 @@
 import pytest
 import torch
 
-from modeling_attnres import attention_residuals, block_summaries_attnres, naive_depth_attention
+from modeling_attnres import attention_residuals, depth_attention_attnres, naive_depth_attention
 from modeling_attnres.block_summaries_attnres import BlockSummaries
-from modeling_attnres.depth_attention_attnres import (
-    FORMS,
-    DepthAttention,
-    DepthStream,
-    sublayer_groups,
-)
+from modeling_attnres.depth_attention_attnres import DepthAttention, sublayer_groups
+from modeling_attnres.depth_streams_attnres import open_stream
+from modeling_attnres.depth_weights_attnres import FORMS
 
 
 EPS = 1e-6
@@ -31,6 +28,11 @@ def random_stack(num_sublayers, query_scale, dtype, *, dim=17, seed=0):
     key_norm = (1 + 0.3 * randn(num_sublayers, dim)).to(dtype).requires_grad_()
     sublayers = [lambda x, matrix=matrix: torch.tanh(x @ matrix) for matrix in matrices]
     return embedding, sublayers, query, key_norm, randn(2, 5, dim).to(dtype)
+
+
+def two_phases(form, embedding, queries, norm_floor, sublayers_per_block, sublayers=None):
+    arguments = (form, embedding, queries, norm_floor, BlockSummaries(), sublayers_per_block)
+    return open_stream(*arguments, undivided=False, sublayers=sublayers)
 
 
 def output_and_gradients(stack, **kwargs):
@@ -61,9 +63,9 @@ def test_two_phase_equals_naive(num_sublayers, sublayers_per_block, depth_weight
 @pytest.mark.parametrize(("num_sublayers", "sublayers_per_block"), SCHEDULES)
 def test_many_tokens_equal_naive(num_sublayers, sublayers_per_block, depth_weights, monkeypatch):
     """Rows laid out from parts of four tokens, and in memory that the next group writes over."""
-    monkeypatch.setattr(block_summaries_attnres, "MANY_TOKENS", 10)
-    monkeypatch.setattr(block_summaries_attnres, "TOKENS_AT_ONCE", 4)
-    monkeypatch.setattr(block_summaries_attnres, "REUSED_BYTES", 1)
+    monkeypatch.setattr(depth_attention_attnres, "MANY_TOKENS", 10)
+    monkeypatch.setattr(depth_attention_attnres, "TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(depth_attention_attnres, "REUSED_BYTES", 1)
     stack = random_stack(num_sublayers, 0.5, torch.float64)
     kwargs = {"sublayers_per_block": sublayers_per_block, "depth_weights": depth_weights}
     naive = output_and_gradients(stack, impl="naive", **kwargs)
@@ -242,15 +244,15 @@ def test_weights_behind_a_mix_reproduce_it(depth_weights):
     fold.load_state_dict({"query": query.detach(), "key_norm": key_norm.detach()})
     with torch.no_grad():
         queries, norm_floor = fold(embedding)
-        depth = DepthStream(queries, norm_floor, BlockSummaries(), 4, FORMS[depth_weights])
+        depth = two_phases(FORMS[depth_weights], embedding, queries, norm_floor, 4)
         state = depth.start(embedding)
         for first, last in depth.groups:
             for index, read in enumerate(depth.read(first, last), start=first):
-                mix, logit = depth.form.phase_two(read, norm_floor, *state)
-                weights = depth.form.mix_weights(read, logit)
+                mix, logit = depth.mix(read, *state)
+                weights = depth.mix_weights(read, logit)
                 sources = depth.stacked_sources(state)
                 torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights, sources), mix)
-                state = depth.form.advance(read, state, sublayers[index](mix), index % 4 == 0)
+                state = depth.advance(read, state, sublayers[index](mix), index % 4 == 0)
             state = depth.close(state, next_sublayer=last)
         mix, weights = depth.mix_output(state, with_weights=True)
         torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights, depth.stacked_sources(state)), mix)
@@ -260,21 +262,21 @@ def test_weights_behind_a_mix_reproduce_it(depth_weights):
 
 
 @pytest.mark.parametrize("depth_weights", FORMS)
-def test_phase_one_without_a_bank_equals_the_bank(depth_weights):
+def test_phase_one_in_a_layer_that_runs_again_is_the_same(depth_weights):
     sources = [torch.randn(2, 3, 9, dtype=torch.float64) for _ in range(4)]
     fold = DepthAttention(5, 9, EPS).double()
     torch.nn.init.normal_(fold.query)
     with torch.no_grad():
         queries, norm_floor = fold(sources[0])
-        depth = DepthStream(queries, norm_floor, BlockSummaries(), 1, FORMS[depth_weights])
+        depth = two_phases(FORMS[depth_weights], sources[0], queries, norm_floor, 1)
         depth.start(sources[0])
         for source in sources[1:]:
             depth.file(source)
         banked = depth.read(4, 6)
-        direct = depth.form.read_sources(queries[4:6], sources, norm_floor)
+        direct = depth.read_again(*depth.inputs_again(4), first=4)
     for one, other in zip(banked, direct):
         torch.testing.assert_close(one.row, other.row)
-        torch.testing.assert_close(one.stat, other.stat)
+        torch.testing.assert_close(one.offset, other.offset)
 
 
 @pytest.mark.parametrize("depth_weights", FORMS)
@@ -290,15 +292,15 @@ def test_two_streams_over_a_cut_stack_equal_naive(num_sublayers, sublayers_per_b
     queries, norm_floor = torch.func.functional_call(fold, {"query": query, "key_norm": key_norm}, (embedding,))
     sources, state = None, ()
     for run in ((0, cut), (cut, num_sublayers)):
-        depth = DepthStream(queries, norm_floor, BlockSummaries(), sublayers_per_block, FORMS[depth_weights], run)
+        depth = two_phases(FORMS[depth_weights], embedding, queries, norm_floor, sublayers_per_block, run)
         if sources is None:
             state = depth.start(embedding)
         else:
             depth.resume(sources)
         for first, last in depth.groups:
             for index, read in enumerate(depth.read(first, last), start=first):
-                output = sublayers[index](depth.form.phase_two(read, norm_floor, *state)[0])
-                state = depth.form.advance(read, state, output, starts_block=index % sublayers_per_block == 0)
+                output = sublayers[index](depth.mix(read, *state)[0])
+                state = depth.advance(read, state, output, starts_block=index % sublayers_per_block == 0)
             state = depth.close(state, next_sublayer=last)
         sources = depth.sources
         assert len(depth.bank.sources) <= 2 + run[1] // sublayers_per_block  # no room for blocks of later runs

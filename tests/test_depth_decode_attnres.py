@@ -5,9 +5,9 @@ import torch
 from test_depth_attention_attnres import EPS, SCHEDULES, random_stack, relative_error
 
 from modeling_attnres import BlockSummaries, attention_residuals
-from modeling_attnres.depth_attention_attnres import FORMS, DepthAttention
-from modeling_attnres.depth_decode_attnres import DecodeStream, is_decode_step
-from modeling_attnres.depth_variants_attnres import open_stream
+from modeling_attnres.depth_attention_attnres import DepthAttention, plan_depth
+from modeling_attnres.depth_streams_attnres import DecodeStream, open_stream
+from modeling_attnres.depth_weights_attnres import FORMS
 
 
 def one_token(num_sublayers, query_scale, dtype):
@@ -34,10 +34,10 @@ def decode(stack, sublayers_per_block, depth_weights, bank=None):
         state, mixes, all_weights = depth.start(embedding), [], []
         ((first, last),) = depth.groups
         for index, read in enumerate(depth.read(first, last)):
-            mix, weights = depth.form.phase_two(read, norm_floor, *state)
+            mix, weights = depth.mix(read, *state)
             mixes.append(mix)
-            all_weights.append(depth.form.mix_weights(read, weights))
-            state = depth.form.advance(read, state, sublayers[index](mix), index % sublayers_per_block == 0)
+            all_weights.append(depth.mix_weights(read, weights))
+            state = depth.advance(read, state, sublayers[index](mix), index % sublayers_per_block == 0)
         state = depth.close(state, last)
         mix, weights = depth.mix_output(state, with_weights=True)
     return [*mixes, mix], [*all_weights, weights], depth.stacked_sources(state)
@@ -126,17 +126,21 @@ def test_a_used_bank_leaves_no_trace(depth_weights):
         assert torch.equal(sources, kept)
 
 
+def is_one_pass(embedding):
+    return plan_depth(embedding, 8, 4, undivided=True).one_pass
+
+
 def test_what_counts_as_a_decode_step():
     embedding = torch.zeros(2, 1, 8)
-    assert not is_decode_step(embedding)  # with gradients
+    assert not is_one_pass(embedding)  # with gradients
     with torch.no_grad():
-        assert is_decode_step(embedding)
-        assert is_decode_step(embedding.transpose(0, 1))
-        assert not is_decode_step(embedding.expand(2, 2, 8))
+        assert is_one_pass(embedding)
+        assert is_one_pass(embedding.transpose(0, 1))
+        assert not is_one_pass(embedding.expand(2, 2, 8))
         for too_many in (embedding[:1].expand(33, 1, 8), embedding[:1].expand(1, 33, 8)):
-            assert not is_decode_step(too_many)
+            assert not is_one_pass(too_many)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not is_decode_step(embedding)
+            assert not is_one_pass(embedding)
 
 
 def test_a_bank_serves_rows_and_packed_tokens_in_turn():

@@ -32,10 +32,10 @@ class PhaseOne(torch.autograd.Function):
         return phase_one_rows(scores, sources, form, impl)
 
     @staticmethod
-    def backward(ctx, rows_gradient, stat_gradient):
+    def backward(ctx, rows_gradient, offset_gradient):
         scores, sources = ctx.saved_tensors
         sources_gradient = torch.zeros_like(sources)
-        arguments = (rows_gradient, stat_gradient, scores, sources, ctx.form, sources_gradient, ctx.impl)
+        arguments = (rows_gradient, offset_gradient, scores, sources, ctx.form, sources_gradient, ctx.impl)
         return phase_one_rows_backward(*arguments), sources_gradient, None, None
 
 
@@ -58,11 +58,11 @@ def mixes_of_group(sources, outputs, query, key_norm, form, impl):
     """`[R, M, D]`: phase 1 for all, then merge by merge; each output is added in the merge that follows it."""
     queries, floor = fold(query, key_norm)
     norms = torch.sqrt(sources.square().sum(-1, keepdim=True) + floor.square())
-    rows, stats = PhaseOne.apply(((sources @ queries.T) / norms).movedim(-1, 1), sources, form, impl)
+    rows, offsets = PhaseOne.apply(((sources @ queries.T) / norms).movedim(-1, 1), sources, form, impl)
     options = {"stream": sources.sum(0), "num_sources": len(sources) + 1} if form == "sum" else {}
     recent, mixes = None, []
-    for row, stat, folded, output in zip(rows, stats, queries, outputs):
-        merged = merge(row, stat, folded, recent, floor, output=output, impl=impl, **options)
+    for row, offset, folded, output in zip(rows, offsets, queries, outputs):
+        merged = merge(row, offset, folded, recent, floor, output=output, impl=impl, **options)
         recent = merged.recent
         if form == "sum":
             options["stream"] = merged.stream
@@ -185,29 +185,29 @@ def test_a_kernel_that_cannot_run_is_an_error(monkeypatch):
         phase_one_rows(torch.zeros(1, 1, 2), torch.zeros(1, 2, 64), "mean", impl="triton")
 
 
-ROW, STAT, QUERY, FLOOR = torch.zeros(2, 8), torch.zeros(2), torch.zeros(8), torch.tensor(0.1)
+ROW, OFFSET, QUERY, FLOOR = torch.zeros(2, 8), torch.zeros(2), torch.zeros(8), torch.tensor(0.1)
 SCORES, SOURCES = torch.zeros(3, 1, 2), torch.zeros(3, 2, 8)
 WRONG = {
-    "no recent": (lambda: merge(ROW, STAT, QUERY, None, FLOOR), "`recent` or `output` must be given, got neither"),
-    "no row": (lambda: merge(None, STAT, QUERY, ROW, FLOOR), '`row` must be given for "mean"'),
+    "no recent": (lambda: merge(ROW, OFFSET, QUERY, None, FLOOR), "`recent` or `output` must be given, got neither"),
+    "no row": (lambda: merge(None, OFFSET, QUERY, ROW, FLOOR), '`row` must be given for "mean"'),
     "no n": (
-        lambda: merge(None, STAT, QUERY, ROW, FLOOR, stream=ROW),
+        lambda: merge(None, OFFSET, QUERY, ROW, FLOOR, stream=ROW),
         "`num_sources` must be at least 2 with `stream`, got None",
     ),
     "no eps": (
-        lambda: merge(ROW, STAT, QUERY, ROW, FLOOR, norm_weight=QUERY),
+        lambda: merge(ROW, OFFSET, QUERY, ROW, FLOOR, norm_weight=QUERY),
         "`norm_weight` and `norm_eps` must be given together, got norm_eps=None",
     ),
     "shape": (
-        lambda: merge(ROW, STAT, QUERY, ROW, FLOOR, output=ROW[:1]),
+        lambda: merge(ROW, OFFSET, QUERY, ROW, FLOOR, output=ROW[:1]),
         r"`output` must be \[2, 8\], torch.float32, cpu, got \[1, 8\], torch.float32, cpu",
     ),
     "dtype": (
-        lambda: merge(ROW.half(), STAT.half(), QUERY, ROW.half(), FLOOR),
-        r"`stat` must be \[2\], torch.float32, cpu, got \[2\], torch.float16, cpu",
+        lambda: merge(ROW.half(), OFFSET.half(), QUERY, ROW.half(), FLOOR),
+        r"`offset` must be \[2\], torch.float32, cpu, got \[2\], torch.float16, cpu",
     ),
     "impl": (
-        lambda: merge(ROW, STAT, QUERY, ROW, FLOOR, impl="cuda"),
+        lambda: merge(ROW, OFFSET, QUERY, ROW, FLOOR, impl="cuda"),
         '`impl` must be "torch" or "triton", got .cuda.',
     ),
     "form": (lambda: phase_one_rows(SCORES, SOURCES, "max"), '`form` must be "mean" or "sum", got .max.'),

@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny_backbones import tiny_backbone, tiny_inputs
 
-from modeling_attnres import AttnResConfig, AttnResForCausalLM
+from modeling_attnres import AttnResConfig, AttnResForCausalLM, BlockSummaries
 from modeling_attnres.configuration_attnres import DEPTH_ATTENTION_TYPES
-from modeling_attnres.depth_attention_attnres import FORMS
+from modeling_attnres.depth_streams_attnres import open_stream
 from modeling_attnres.depth_variants_attnres import SourcesForm, build_depth_attention
+from modeling_attnres.depth_weights_attnres import FORMS
 
 
 VARIANTS = tuple(kind for kind in DEPTH_ATTENTION_TYPES if kind != "softmax")
@@ -100,8 +101,9 @@ def test_a_mix_is_its_formula(kind, num_sources):
     with torch.no_grad():
         queries, norm_floor = module(sources[0])
         row = num_sources  # any sublayer that has a query
-        mix, weights = form.phase_two(queries[row], norm_floor, *sources)
-        weights = form.mix_weights(queries[row], weights)
+        depth = open_stream(form, sources[0], queries, norm_floor, BlockSummaries(), 1)
+        mix, weights = depth.mix(queries[row], *sources)
+        weights = depth.mix_weights(queries[row], weights)
     parameters = dict(module.named_parameters())
     for b in range(2):
         for t in range(3):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_backbones import tiny_inputs, tiny_model
-from transformers import StaticCache
+from transformers import CompileConfig, StaticCache
 
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -108,3 +108,20 @@ def test_the_librarys_own_export_for_generation(sublayers_per_block):
     found = exporters.DynamoExporter().export_for_generation(model, inputs, config=dynamo.DynamoConfig())
     # Older versions return the parts by themselves.
     assert list(getattr(found, "components", found)) == ["prefill", "decode"]
+
+
+@pytest.mark.parametrize(("sublayers_per_block", "depth_weights"), [(1, "mean"), (2, "sum")])
+def test_generate_compiles_by_itself_with_a_static_cache(sublayers_per_block, depth_weights):
+    """As on an accelerator, where `generate` compiles decode steps without being asked: one graph for all calls."""
+    model, inputs = tiny_model("llama", sublayers_per_block, depth_weights), tiny_inputs()
+    arguments = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(inputs, **arguments)
+    config = CompileConfig(backend="eager")
+    config._compile_all_devices = True
+    arguments |= {"cache_implementation": "static", "compile_config": config}
+    graphs = []
+    for _ in range(3):
+        assert torch.equal(model.generate(inputs, **arguments), expected)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] >= 1
+    assert graphs[0] == graphs[2]

@@ -5,8 +5,8 @@ import torch
 from tiny_backbones import BACKBONES, tiny_backbone, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from modeling_attnres import BlockSummaries, depth_decode_attnres, modeling_attnres
-from modeling_attnres.depth_variants_attnres import open_stream
+from modeling_attnres import BlockSummaries, depth_attention_attnres, modeling_attnres
+from modeling_attnres.depth_streams_attnres import open_stream
 
 
 NEW_TOKENS = 8
@@ -203,7 +203,7 @@ def test_a_decode_step_is_the_two_phase_computation(
     model = tiny_model("llama", sublayers_per_block, depth_weights).to(dtype)
     outputs = []
     for largest_batch in (32, 0):  # in one pass, in two phases
-        monkeypatch.setattr(depth_decode_attnres, "MAX_DECODE_BATCH", largest_batch)
+        monkeypatch.setattr(depth_attention_attnres, "MAX_DECODE_TOKENS_ON_CPU", largest_batch)
         with torch.no_grad():
             cache = model(tiny_inputs(batch), use_cache=True).past_key_values
             outputs.append(

@@ -13,7 +13,7 @@
 # limitations under the License.
 """A learning rate of their own for the pseudo-queries.
 
-A converted model's queries start at zero, so they move by what the optimizer lets them, not by a share of their size.
+A converted model's queries start at zero, so each Adam step moves them by about the learning rate, not by a share of their size.
 On SmolLM2-135M, Adam on the queries alone falls steadily at 3e-4 and explodes at 3e-3 (loss 5.66 -> 8.99), while a
 backbone is fine-tuned at 2e-5 and LoRA at 2e-4 and more: no one rate fits both.
 """

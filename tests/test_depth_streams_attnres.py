@@ -4,12 +4,15 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from test_depth_attention_attnres import EPS, output_and_gradients, random_stack, relative_error
+from test_depth_kernels_attnres import needs_triton, run_tests
 from tiny_backbones import tiny_inputs, tiny_model
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from modeling_attnres import BlockSummaries, depth_full_attnres
-from modeling_attnres.depth_attention_attnres import FORMS, DepthAttention, DepthStream
-from modeling_attnres.depth_full_attnres import FullStream, full_groups, mean_coefficients, sum_coefficients
-from modeling_attnres.depth_variants_attnres import open_stream
+from modeling_attnres import BlockSummaries
+from modeling_attnres.depth_attention_attnres import DepthAttention, DepthStream
+from modeling_attnres.depth_streams_attnres import FullStream, full_groups, open_stream, plain_rms_norm
+from modeling_attnres.depth_weights_attnres import FORMS, MeanWeights, SumWeights
 
 
 def open_full(stack, depth_weights):
@@ -40,28 +43,28 @@ def test_weights_behind_a_mix_reproduce_it(depth_weights):
     state = depth.start(stack[0])
     for first, last in depth.groups:
         for index, read in enumerate(depth.read(first, last), start=first):
-            mix, scores = depth.form.phase_two(read, depth.norm_floor, *state)
-            weights = depth.form.mix_weights(read, scores)
+            mix, scores = depth.mix(read, *state)
+            weights = depth.mix_weights(read, scores)
             assert weights.shape == (2, 5, index + 1)
             torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights, depth.stacked_sources(state)), mix)
-            state = depth.form.advance(read, state, stack[1][index](mix), True)
+            state = depth.advance(read, state, stack[1][index](mix), True)
         state = depth.close(state, last)
     mix, weights = depth.mix_output(state, with_weights=True)
     torch.testing.assert_close(torch.einsum("btn,btnd->btd", weights, depth.stacked_sources(state)), mix)
-    torch.testing.assert_close(depth.form.recents(state)[-1], depth.sources[-1])
+    torch.testing.assert_close(depth.split(state)[1][-1], depth.sources[-1])
 
 
-@pytest.mark.parametrize("coefficients", [mean_coefficients, sum_coefficients])
+@pytest.mark.parametrize("form", [MeanWeights, SumWeights])
 @pytest.mark.parametrize("scale", [1.0, 200.0], ids=["moderate", "would overflow"])
-def test_coefficients_are_those_of_one_softmax(coefficients, scale):
+def test_coefficients_are_those_of_one_softmax(form, scale):
     earlier, own = torch.randn(5, 2, 3).double(), scale * torch.randn(4, 2, 3).double()
     expected = torch.softmax(torch.cat([earlier, own]), dim=0)
-    if coefficients is mean_coefficients:
-        parts = coefficients(earlier.logsumexp(0), own, 9)
+    if form is MeanWeights:
+        parts = form.merge_several(-earlier.logsumexp(0), own, 9)
         taken = expected[5:]
         kept = expected[:5].sum(0)
     else:
-        parts = coefficients(-0.5 * (earlier.logsumexp(0) - torch.tensor(5.0).double().log()), own, 9)
+        parts = form.merge_several(-0.5 * (earlier.logsumexp(0) - torch.tensor(5.0).double().log()), own, 9)
         kept = 9 / 5 * expected[:5].sum(0)
         taken = 9 * expected[5:] - kept
     torch.testing.assert_close(parts.weights, expected[5:])
@@ -80,14 +83,13 @@ def test_groups_cover_every_sublayer_and_never_outgrow_what_is_earlier(num_subla
 
 
 def test_sums_of_equal_scores_are_anchored_exactly():
-    parts = sum_coefficients(torch.zeros(2, 3), torch.zeros(7, 2, 3), 20)
+    parts = SumWeights.merge_several(torch.zeros(2, 3), torch.zeros(7, 2, 3), 20)
     assert (parts.kept == 1).all()
     assert (parts.taken == 0).all()
 
 
 @pytest.mark.parametrize("depth_weights", FORMS)
 def test_a_merge_passes_gradcheck(depth_weights):
-    coefficients = {"mean": mean_coefficients, "sum": sum_coefficients}[depth_weights]
     sources = [torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     base = torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True)
     queries = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
@@ -101,7 +103,7 @@ def test_a_merge_passes_gradcheck(depth_weights):
             bank.append(source, queries, torch.tensor(1e-3).double())
             if count > 0:
                 scores = bank.score(count - 1, count, slice(1, None)).squeeze(1)
-                mixes.append(depth_full_attnres.merge_slots(coefficients, base, stat, scores, bank, 1))
+                mixes.append(bank.merge(base, stat, scores, FORMS[depth_weights], 1))
         return tuple(mixes)
 
     assert torch.autograd.gradcheck(merge_twice, (base, stat, queries, *sources))
@@ -112,7 +114,7 @@ def stream_of(model, training=False):
     original = model.model.layers[0].forward
 
     def spy(*args, **kwargs):
-        streams.append(kwargs["form"])
+        streams.append(type(kwargs["depth"]))
         return original(*args, **kwargs)
 
     model.model.layers[0].forward = spy
@@ -121,13 +123,47 @@ def stream_of(model, training=False):
 
 
 def test_steps_aside_for_layers_that_are_run_apart():
-    assert stream_of(tiny_model("llama", 1)) is depth_full_attnres.FullMean
-    assert stream_of(tiny_model("llama", 2)) is FORMS["mean"]
+    assert stream_of(tiny_model("llama", 1)) is FullStream
+    assert stream_of(tiny_model("llama", 2)) is DepthStream
     hooked = tiny_model("llama", 1)
     add_hook_to_module(hooked.model.layers[1], ModelHook())
-    assert stream_of(hooked) is FORMS["mean"]
-    assert isinstance(FORMS["mean"].stream(torch.zeros(3, 4), torch.tensor(0.0), BlockSummaries(), 1), DepthStream)
+    assert stream_of(hooked) is DepthStream
     recomputing = tiny_model("llama", 1)
     recomputing.gradient_checkpointing_enable()
-    assert stream_of(recomputing) is depth_full_attnres.FullMean
-    assert stream_of(recomputing, training=True) is FORMS["mean"]
+    assert stream_of(recomputing) is FullStream
+    assert stream_of(recomputing, training=True) is DepthStream
+
+
+# --- Kernels ---------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_streams_of_kernels_under_the_interpreter():
+    run_tests("interpreted_fused_streams.py", TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("on", "`ATTNRES_KERNELS=on` asks for kernels, which cannot run here: "),
+        ("yes", "`ATTNRES_KERNELS` must be one of 'auto', 'off' and 'on', got 'yes'"),
+    ],
+)
+def test_kernels_that_cannot_run_are_an_error_before_work_starts(asked, message, monkeypatch):
+    model = tiny_model("llama", 4)
+    monkeypatch.setenv("ATTNRES_KERNELS", asked)
+    with pytest.raises(ValueError, match=message):
+        model(tiny_inputs())
+
+
+def test_norms_that_are_llamas_and_those_that_are_not():
+    class Other(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return 2 * super().forward(hidden_states)
+
+    norm = LlamaRMSNorm(8, eps=1e-5)
+    assert plain_rms_norm(norm) == (norm.weight, 1e-5)
+    assert plain_rms_norm(GemmaRMSNorm(8)) == plain_rms_norm(Other(8)) == (None, None)
+    assert plain_rms_norm(torch.nn.LayerNorm(8)) == plain_rms_norm(None) == (None, None)
+    norm.register_forward_hook(lambda *arguments: None)
+    assert plain_rms_norm(norm) == (None, None)
