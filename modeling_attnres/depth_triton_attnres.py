@@ -48,7 +48,7 @@ def _round(values, pointer):
 
 @triton.jit
 def _merge_shares(logit, num_sources, SUM: tl.constexpr):
-    """The shares of phase 1 and of the recent source, from the logit score of the latter.
+    """The shares of phase 1 and of the recent source, from the logit of the latter.
 
     "mean": the complement of `sigmoid(logit)`, and it. "sum": `1 - c` and `c = t / (n / 2 - (n / 2 - 1) t)` with
     `t = tanh(logit)`. The exponential is of a negative number in both and cannot overflow.

@@ -48,8 +48,8 @@ KERNELS = {
 }
 # Arguments in fp32 whatever the model's dtype; what else points to memory is in the model's, or in that of the bank.
 FP32_POINTERS = (
-    *("stat", "query", "floor", "relative", "saved", "scores", "weights", "partial"),
-    *("relative_gradient", "stat_gradient", "to_stat", "to_scores"),
+    *("offset", "query", "floor", "logit", "saved", "scores", "weights", "partial"),
+    *("logit_gradient", "offset_gradient", "to_offset", "to_scores"),
 )
 INTEGERS = ("num_tokens", "num_sources", "num_rows")
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
