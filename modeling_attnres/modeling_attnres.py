@@ -48,7 +48,6 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -209,6 +208,16 @@ class AttnResModel(AttnResPreTrainedModel):
         if "depth_attention" in self._modules:
             super().post_init()
 
+    def __setattr__(self, name: str, value: Any):
+        # Others copy, drop or reorder layers by giving a model another list (PEFT's `layer_replication`).
+        layers = self.__dict__.get("_modules", {}).get("layers") if name == "layers" else None
+        if isinstance(layers, AttnResDecoderLayers) and not _starts_with(layers, value):
+            raise ValueError(
+                f"`layers` must stay the model's {len(layers)} decoder layers in their order, or the first of them: "
+                f"each has queries over depth that belong to its place; got another {type(value).__name__}."
+            )
+        super().__setattr__(name, value)
+
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args):
         # Here, and not in `load_state_dict`, which is called on whatever is around this model (PEFT, DDP...).
         rename_former_names(self, state_dict, prefix)
@@ -267,7 +276,8 @@ class AttnResModel(AttnResPreTrainedModel):
             norm_floor,
             BlockSummaries() if bank is None else bank,
             self.config.sublayers_per_block,
-            undivided=not any(is_run_apart(layer, self.training) for layer in layers),
+            # A layer whose `forward` somebody replaced has its say over the state too, as one with hooks.
+            undivided=not any(is_run_apart(layer, self.training) or "forward" in vars(layer) for layer in layers),
         )
         state = depth.start(embedding)
         wanted = self._wanted_hidden_states(kwargs)
@@ -296,6 +306,13 @@ class AttnResModel(AttnResPreTrainedModel):
             return set(range(count))
         selected = [requested] if isinstance(requested, int) else requested
         return {index % count for index in selected if -count <= index < count}
+
+
+def _starts_with(layers: nn.ModuleList, value: Any) -> bool:
+    """Whether `value` is a list of the first of `layers`, or of all."""
+    if not isinstance(value, nn.ModuleList) or len(value) > len(layers):
+        return False
+    return all(new is old for new, old in zip(value, layers))
 
 
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
@@ -423,6 +440,8 @@ AUTO_CLASSES = {
 }
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class)
+    # Whoever has only a class' name looks it up here: `Trainer` (are labels to be shifted?), pipelines, model cards.
+    _auto_class._model_mapping._model_mapping[AttnResConfig.model_type] = _model_class.__name__
     _model_class.register_for_auto_class(_auto_class.__name__)
 
 
@@ -434,8 +453,6 @@ def _register(config_class: type[AttnResConfig]):
 
 
 on_config_class(_register)
-# Whoever has only a model's name looks it up here, such as `Trainer`: whether labels are to be shifted.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[AttnResConfig.model_type] = "AttnResForCausalLM"
 register_peft_targets()
 
 

@@ -179,3 +179,53 @@ def test_an_early_exit_is_the_plain_models():
         model.config.num_hidden_layers = 2
         outputs.append(model(tiny_inputs()).logits)
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("sublayers_per_block", [1, 3, 8])
+def test_a_replaced_forward_acts(sublayers_per_block):
+    """Code that patches modules by hand: what an attention or a decoder layer returns is steered, at every step."""
+    plain = plain_model()
+    model = converted(plain, sublayers_per_block)
+    unpatched = model.generate(tiny_inputs(), max_new_tokens=6, do_sample=False)
+    for part in (lambda layer: layer.self_attn, lambda layer: layer):
+        outputs = []
+        for one in (plain, model):
+            module = part(one.model.layers[1])
+            module.forward = steered(module.forward)
+            generated = one.generate(tiny_inputs(), max_new_tokens=6, do_sample=False)
+            outputs.append((one(tiny_inputs()).logits, generated))
+            del module.forward
+        torch.testing.assert_close(outputs[0][0], outputs[1][0], rtol=1e-5, atol=1e-5)  # fp32: order of sums
+        assert torch.equal(outputs[0][1], outputs[1][1])
+        assert not torch.equal(outputs[0][1], unpatched)
+
+
+def steered(forward):
+    """`forward`, whose first output is shifted along one direction."""
+    direction = 3 * torch.randn(32, generator=torch.Generator().manual_seed(2))
+
+    def patched(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        return (output[0] + direction, *output[1:]) if isinstance(output, tuple) else output + direction
+
+    return patched
+
+
+def test_other_layers_are_refused():
+    model = converted(plain_model())
+    layers = model.model.layers
+    with pytest.raises(ValueError, match="`layers` must stay the model's 4 decoder layers in their order"):
+        get_peft_model(model, LoraConfig(**LORA, layer_replication=[[0, 3], [1, 4]]))
+    for others in (torch.nn.ModuleList(reversed(layers)), layers[1:], torch.nn.ModuleList([*layers, layers[0]]), None):
+        with pytest.raises(ValueError, match="`layers` must stay"):
+            model.model.layers = others
+
+
+def test_the_first_layers_alone_are_the_plain_models():
+    plain = plain_model()
+    outputs = []
+    for model in (plain, converted(plain)):
+        model.model.layers = model.model.layers[:2]
+        model.config.num_hidden_layers = 2
+        outputs.append(model(tiny_inputs()).logits)
+    assert torch.equal(*outputs)
