@@ -40,6 +40,7 @@ EXTRAS = {
 EXTRAS["dev"] = sorted({requirement for requirements in EXTRAS.values() for requirement in requirements}) + [
     "build>=1.2",
     "cloudpickle>=3",
+    "parameterized>=0.9",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "ruff>=0.17",

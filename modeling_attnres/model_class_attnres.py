@@ -30,10 +30,11 @@ from .flat_config_attnres import made_suffix
 
 
 # What the library reads off a class beside every `_supports_*`.
-_CAPABILITIES = ("_can_compile_fullgraph", "_is_stateful")
+_CAPABILITIES = ("_can_compile_fullgraph", "_is_stateful", "_compatible_flash_implementations")
 _OF_A_HEAD = (
     *("_tp_plan", "_ep_plan", "_fsdp_plan", "input_modalities"),
     *("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save"),
+    *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
 )
 
 
@@ -89,7 +90,7 @@ def _made_class(
         "_can_record_outputs": {key: recorded.get(key, []) for key in ("attentions", "router_logits")},
         # The library's plan hands one tensor from stage to stage. Depth attention needs every source.
         "_pp_plan": {},
-        **{name: getattr(backbone, name) for name in (*supported, *_CAPABILITIES)},
+        **{name: getattr(backbone, name) for name in (*supported, *_CAPABILITIES) if hasattr(backbone, name)},
     }
     counterpart = None if cls.library_classes is None else cls.library_classes.get(config_class, None)
     if counterpart is not backbone:

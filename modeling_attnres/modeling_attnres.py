@@ -69,7 +69,7 @@ from .depth_variants_attnres import build_depth_attention, open_stream
 from .flat_config_attnres import on_config_class
 from .model_class_attnres import FORMER_LEVEL, blank_model, model_class_for, plain_shell
 from .peft_attnres import register_peft_targets
-from .state_dict_attnres import rename_former_names, to_model_names
+from .state_dict_attnres import refuse_lost_adapters, rename_former_names, to_model_names
 from .twin_attnres import check_untested_version
 
 
@@ -221,6 +221,7 @@ class AttnResModel(AttnResPreTrainedModel):
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args):
         # Here, and not in `load_state_dict`, which is called on whatever is around this model (PEFT, DDP...).
         rename_former_names(self, state_dict, prefix)
+        refuse_lost_adapters(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @merge_with_config_defaults
@@ -326,6 +327,10 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         self.model = AttnResModel(config)
         check_language_model_head(config.text_config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # As the library's heads have them: others read them here, and set the coefficient.
+        for name in ("vocab_size", "num_experts", "num_experts_per_tok", "router_aux_loss_coef"):
+            if hasattr(config, name):
+                setattr(self, name, getattr(config, name))
         self.post_init()
 
     @can_return_tuple
@@ -381,13 +386,13 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         aux_loss = None
-        if output_router_logits and outputs.router_logits and hasattr(self.config, "router_aux_loss_coef"):
+        if output_router_logits and outputs.router_logits and hasattr(self, "router_aux_loss_coef"):
             num_experts = outputs.router_logits[0].shape[-1]
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, num_experts, self.config.num_experts_per_tok, attention_mask
+                outputs.router_logits, num_experts, self.num_experts_per_tok, attention_mask
             )
             if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+                loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
 
         return AttnResCausalLMOutputWithPast(
             loss=loss,
