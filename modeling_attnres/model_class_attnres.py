@@ -34,7 +34,7 @@ _CAPABILITIES = ("_can_compile_fullgraph", "_is_stateful", "_compatible_flash_im
 _OF_A_HEAD = (
     *("_tp_plan", "_ep_plan", "_fsdp_plan", "input_modalities"),
     *("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save"),
-    *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+    *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_tied_weights_keys"),
 )
 
 

@@ -1,5 +1,7 @@
 """Full AttnRes by groups: the schedule, what it keeps for backward, weights, and where it steps aside."""
 
+from unittest import mock
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -7,6 +9,7 @@ from test_depth_attention_attnres import EPS, output_and_gradients, random_stack
 from tiny_backbones import tiny_inputs, tiny_model
 
 from modeling_attnres import BlockSummaries, depth_full_attnres
+from modeling_attnres.decoder_layer_attnres import AttnResDecoderLayer
 from modeling_attnres.depth_attention_attnres import FORMS, DepthAttention, DepthStream
 from modeling_attnres.depth_full_attnres import FullStream, full_groups, mean_coefficients, sum_coefficients
 from modeling_attnres.depth_variants_attnres import open_stream
@@ -109,14 +112,15 @@ def test_a_merge_passes_gradcheck(depth_weights):
 
 def stream_of(model, training=False):
     streams = []
-    original = model.model.layers[0].forward
+    original = AttnResDecoderLayer.forward
 
     def spy(*args, **kwargs):
         streams.append(kwargs["form"])
         return original(*args, **kwargs)
 
-    model.model.layers[0].forward = spy
-    model.train(training)(tiny_inputs())
+    # Of the class: one layer's own `forward`, replaced, would be a reason to step aside.
+    with mock.patch.object(AttnResDecoderLayer, "forward", spy):
+        model.train(training)(tiny_inputs())
     return streams[0]
 
 
