@@ -43,6 +43,7 @@ EXTRAS["dev"] = sorted({requirement for requirements in EXTRAS.values() for requ
     "onnx>=1.21",
     "onnxruntime>=1.27",
     "onnxscript>=0.7",
+    "parameterized>=0.9",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "ruff>=0.17",

@@ -37,7 +37,7 @@ def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | N
         ValueError: if it was given under both.
     """
     if past_key_values is not None and cache is not None:
-        raise ValueError("Give the KV cache as `cache` or as `past_key_values`, not as both.")
+        raise ValueError("Give the KV cache as `cache` or as `past_key_values`, not as both: one would be ignored.")
     return past_key_values if cache is None else cache
 
 

@@ -161,15 +161,15 @@ def is_recomputed(layer: nn.Module, training: bool) -> bool:
 def is_run_apart(layer: nn.Module, training: bool) -> bool:
     """Whether more than the loop has a hand in how a decoder layer runs, so that the depth state must be tensors.
 
-    It is recomputed, or compiled by itself, or hooks look at and replace what it takes and returns.
+    It is recomputed, or compiled by itself, or hooks or a `forward` of somebody else's look at and replace what it takes
+    and returns.
     """
     if is_recomputed(layer, training) or not isinstance(layer, AttnResDecoderLayer):
         return True
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     compiled = layer._compiled_call_impl is not None
-    return (
-        compiled or "_hf_hook" in vars(layer) or any(_is_foreign(hook) for group in hooks for hook in group.values())
-    )
+    replaced = "_hf_hook" in vars(layer) or "forward" in vars(layer)
+    return compiled or replaced or any(_is_foreign(hook) for group in hooks for hook in group.values())
 
 
 def _is_foreign(hook: Any) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from .backbone_attnres import backbone_class
 from .configuration_attnres import AttnResConfig
@@ -30,10 +30,11 @@ from .flat_config_attnres import made_suffix
 
 
 # What the library reads off a class beside every `_supports_*`.
-_CAPABILITIES = ("_can_compile_fullgraph", "_is_stateful")
+_CAPABILITIES = ("_can_compile_fullgraph", "_is_stateful", "_compatible_flash_implementations")
 _OF_A_HEAD = (
     *("_tp_plan", "_ep_plan", "_fsdp_plan", "input_modalities"),
     *("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save"),
+    *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_tied_weights_keys"),
 )
 
 
@@ -44,10 +45,17 @@ FORMER_LEVEL = r"(?:^|(?<=^model\.))backbone\."
 register_checkpoint_conversion_mapping(AttnResConfig.model_type, [], overwrite=True)
 
 
-class _FormerName(WeightRenaming):
-    """A tensor's name with the former level: read, never written."""
+class _FormerName(PrefixChange):
+    """A tensor's name with the former level: read, never written.
+
+    Of all renamings, those of prefixes are the ones that a checkpoint need not have a name for.
+    """
 
     __slots__ = ()
+
+    def __init__(self):
+        # The level may lie behind the prefix of a head's base model, which a base model's own names do not have.
+        super(PrefixChange, self).__init__(FORMER_LEVEL, "")
 
     def reverse_transform(self) -> WeightRenaming:
         return WeightRenaming("^no tensor of this name$", "^nor of this$")
@@ -82,7 +90,7 @@ def _made_class(
         "_can_record_outputs": {key: recorded.get(key, []) for key in ("attentions", "router_logits")},
         # The library's plan hands one tensor from stage to stage. Depth attention needs every source.
         "_pp_plan": {},
-        **{name: getattr(backbone, name) for name in (*supported, *_CAPABILITIES)},
+        **{name: getattr(backbone, name) for name in (*supported, *_CAPABILITIES) if hasattr(backbone, name)},
     }
     counterpart = None if cls.library_classes is None else cls.library_classes.get(config_class, None)
     if counterpart is not backbone:
@@ -98,7 +106,7 @@ def _register_conversions(name: str, backbone: type[PreTrainedModel], config_cla
     """The backbone's conversions of weights (experts merged, names of other code), for a class called `name`."""
     keys = (backbone.__name__, config_class.model_type)
     conversions = next(filter(None, map(get_checkpoint_conversion_mapping, keys)), [])
-    register_checkpoint_conversion_mapping(name, [_FormerName(FORMER_LEVEL, ""), *conversions], overwrite=True)
+    register_checkpoint_conversion_mapping(name, [_FormerName(), *conversions], overwrite=True)
 
 
 def blank_model(

@@ -48,7 +48,6 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -71,7 +70,7 @@ from .depth_variants_attnres import build_depth_attention
 from .flat_config_attnres import on_config_class
 from .model_class_attnres import FORMER_LEVEL, blank_model, model_class_for, plain_shell
 from .peft_attnres import register_peft_targets
-from .state_dict_attnres import rename_former_names, to_model_names
+from .state_dict_attnres import refuse_lost_adapters, rename_former_names, to_model_names
 from .twin_attnres import check_untested_version
 
 
@@ -210,9 +209,20 @@ class AttnResModel(AttnResPreTrainedModel):
         if "depth_attention" in self._modules:
             super().post_init()
 
+    def __setattr__(self, name: str, value: Any):
+        # Others copy, drop or reorder layers by giving a model another list (PEFT's `layer_replication`).
+        layers = self.__dict__.get("_modules", {}).get("layers") if name == "layers" else None
+        if isinstance(layers, AttnResDecoderLayers) and not _starts_with(layers, value):
+            raise ValueError(
+                f"`layers` must stay the model's {len(layers)} decoder layers in their order, or the first of them: "
+                f"each has queries over depth that belong to its place; got another {type(value).__name__}."
+            )
+        super().__setattr__(name, value)
+
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args):
         # Here, and not in `load_state_dict`, which is called on whatever is around this model (PEFT, DDP...).
         rename_former_names(self, state_dict, prefix)
+        refuse_lost_adapters(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @merge_with_config_defaults
@@ -301,6 +311,13 @@ class AttnResModel(AttnResPreTrainedModel):
         return {index % count for index in selected if -count <= index < count}
 
 
+def _starts_with(layers: nn.ModuleList, value: Any) -> bool:
+    """Whether `value` is a list of the first of `layers`, or of all."""
+    if not isinstance(value, nn.ModuleList) or len(value) > len(layers):
+        return False
+    return all(new is old for new, old in zip(value, layers))
+
+
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
     """[`AttnResModel`] with the language model head of its backbone."""
 
@@ -312,6 +329,10 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         self.model = AttnResModel(config)
         check_language_model_head(config.text_config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # As the library's heads have them: others read them here, and set the coefficient.
+        for name in ("vocab_size", "num_experts", "num_experts_per_tok", "router_aux_loss_coef"):
+            if hasattr(config, name):
+                setattr(self, name, getattr(config, name))
         self.post_init()
 
     @can_return_tuple
@@ -367,13 +388,13 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         aux_loss = None
-        if output_router_logits and outputs.router_logits and hasattr(self.config, "router_aux_loss_coef"):
+        if output_router_logits and outputs.router_logits and hasattr(self, "router_aux_loss_coef"):
             num_experts = outputs.router_logits[0].shape[-1]
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, num_experts, self.config.num_experts_per_tok, attention_mask
+                outputs.router_logits, num_experts, self.num_experts_per_tok, attention_mask
             )
             if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+                loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
 
         return AttnResCausalLMOutputWithPast(
             loss=loss,
@@ -426,6 +447,8 @@ AUTO_CLASSES = {
 }
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class)
+    # Whoever has only a class' name looks it up here: `Trainer` (are labels to be shifted?), pipelines, model cards.
+    _auto_class._model_mapping._model_mapping[AttnResConfig.model_type] = _model_class.__name__
     _model_class.register_for_auto_class(_auto_class.__name__)
 
 
@@ -437,8 +460,6 @@ def _register(config_class: type[AttnResConfig]):
 
 
 on_config_class(_register)
-# Whoever has only a model's name looks it up here, such as `Trainer`: whether labels are to be shifted.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[AttnResConfig.model_type] = "AttnResForCausalLM"
 register_peft_targets()
 
 

@@ -90,3 +90,28 @@ def rename_former_names(model: PreTrainedModel, state_dict: dict[str, torch.Tens
             known = "two names of one tensor" if renamed in own else "of which this model knows neither"
             raise ValueError(f"The state dict has `{name}`, today `{renamed}`: {known}.")
         state_dict[renamed] = state_dict.pop(name)
+
+
+def refuse_lost_adapters(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], prefix: str):
+    """Refuses low-rank weights that a model has no place for; PEFT loads without asking that all be used.
+
+    It brings the names of single experts, as adapters for Transformers 4 have them, to merged ones, but adapts the merged
+    experts only in models whose `model_type` it knows.
+
+    Args:
+        model: the base model.
+        state_dict: of whatever holds the model.
+        prefix: the model's name in it, up to a dot.
+
+    Raises:
+        ValueError: if there are such weights.
+    """
+    adapter = [name for name in state_dict if name.startswith(prefix) and ".lora_" in name]
+    if not adapter:
+        return
+    own = model.state_dict(prefix=prefix).keys()
+    if lost := [name for name in adapter if name not in own]:
+        raise ValueError(
+            f"The adapter has {len(lost)} weights that this model has no place for, such as `{lost[0]}`; an adapter for "
+            "single experts has to be loaded into the plain model and saved again, which merges them."
+        )

@@ -1,5 +1,7 @@
 """Full AttnRes by groups: the schedule, what it keeps for backward, weights, and where it steps aside."""
 
+from unittest import mock
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -10,6 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_attnres import BlockSummaries
+from modeling_attnres.decoder_layer_attnres import AttnResDecoderLayer
 from modeling_attnres.depth_attention_attnres import DepthAttention, DepthStream
 from modeling_attnres.depth_streams_attnres import FullStream, full_groups, open_stream, plain_rms_norm
 from modeling_attnres.depth_weights_attnres import FORMS, MeanWeights, SumWeights
@@ -111,14 +114,15 @@ def test_a_merge_passes_gradcheck(depth_weights):
 
 def stream_of(model, training=False):
     streams = []
-    original = model.model.layers[0].forward
+    original = AttnResDecoderLayer.forward
 
     def spy(*args, **kwargs):
         streams.append(type(kwargs["depth"]))
         return original(*args, **kwargs)
 
-    model.model.layers[0].forward = spy
-    model.train(training)(tiny_inputs())
+    # Of the class: one layer's own `forward`, replaced, would be a reason to step aside.
+    with mock.patch.object(AttnResDecoderLayer, "forward", spy):
+        model.train(training)(tiny_inputs())
     return streams[0]
 
 

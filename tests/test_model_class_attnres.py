@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_backbones import BACKBONES, tiny_backbone, tiny_config, tiny_inputs, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 
 from modeling_attnres import (
     AttnResConfig,
@@ -71,6 +73,12 @@ def test_names_on_disk_are_the_plain_models(model_type, tmp_path):
     names = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("plain", "attnres")]
     assert names[1] - names[0] == DEPTH
     assert not names[0] - names[1]
+
+
+def test_a_plain_checkpoint_needs_no_conversion():
+    """Nothing but the former level, which the library takes for what a checkpoint need not have."""
+    conversions = get_model_conversion_mapping(tiny_model("llama"), add_legacy=False)
+    assert [isinstance(conversion, PrefixChange) for conversion in conversions] == [True]
 
 
 def test_the_model_owns_its_parts():

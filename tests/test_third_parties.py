@@ -13,14 +13,17 @@ from peft import (
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
+    ShadowConfig,
     VeraConfig,
     get_peft_model,
 )
+from safetensors.torch import save_file
 from tiny_backbones import load_plain_weights, tiny_backbone, tiny_inputs, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
+from modeling_attnres.compat_attnres import CACHE
 
 
 def plain_model(model_type: str = "llama", **overrides):
@@ -102,6 +105,32 @@ def test_an_adapter_of_the_source_acts_on_the_converted_model(kind, tied, tmp_pa
     )
 
 
+def test_an_adapter_for_single_experts_is_refused_until_it_is_merged(tmp_path):
+    """As PEFT wrote them for Transformers 4: the plain model takes them, and writes what an AttnRes model takes."""
+    source = plain_model("qwen3_moe", mlp_only_layers=[])
+    targets = {"self_attn.q_proj": (32, 32)}
+    for expert in range(4):
+        for name, shape in (("gate_proj", (16, 32)), ("up_proj", (16, 32)), ("down_proj", (32, 16))):
+            targets[f"mlp.experts.{expert}.{name}"] = shape
+    weights = {}
+    for layer in range(4):
+        for name, (rows, columns) in targets.items():
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{key}.lora_A.weight"] = torch.randn(4, columns)
+            weights[f"{key}.lora_B.weight"] = torch.randn(rows, 4)
+    modules = [name.rpartition(".")[2] for name in targets]
+    LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=modules).save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+
+    with pytest.raises(ValueError, match=r"16 weights that this model has no place for, such as `.*experts.*` ?"):
+        PeftModel.from_pretrained(converted(source), tmp_path)
+    model = converted(source)
+    adapted = PeftModel.from_pretrained(source, tmp_path).eval()
+    adapted.save_pretrained(tmp_path / "merged")
+    loaded = PeftModel.from_pretrained(model, tmp_path / "merged").eval()
+    assert torch.equal(loaded(input_ids=tiny_inputs()).logits, adapted(input_ids=tiny_inputs()).logits)
+
+
 def test_trained_tokens_of_tied_embeddings_are_the_heads_too():
     model = get_peft_model(
         tiny_model("llama", 3, tie_word_embeddings=True),
@@ -179,3 +208,89 @@ def test_an_early_exit_is_the_plain_models():
         model.config.num_hidden_layers = 2
         outputs.append(model(tiny_inputs()).logits)
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("sublayers_per_block", [1, 3, 8])
+def test_a_replaced_forward_acts(sublayers_per_block):
+    """Code that patches modules by hand: what an attention or a decoder layer returns is steered, at every step."""
+    plain = plain_model()
+    model = converted(plain, sublayers_per_block)
+    unpatched = model.generate(tiny_inputs(), max_new_tokens=6, do_sample=False)
+    for part in (lambda layer: layer.self_attn, lambda layer: layer):
+        outputs = []
+        for one in (plain, model):
+            module = part(one.model.layers[1])
+            module.forward = steered(module.forward)
+            generated = one.generate(tiny_inputs(), max_new_tokens=6, do_sample=False)
+            outputs.append((one(tiny_inputs()).logits, generated))
+            del module.forward
+        torch.testing.assert_close(outputs[0][0], outputs[1][0], rtol=1e-5, atol=1e-5)  # fp32: order of sums
+        assert torch.equal(outputs[0][1], outputs[1][1])
+        assert not torch.equal(outputs[0][1], unpatched)
+
+
+def steered(forward):
+    """`forward`, whose first output is shifted along one direction."""
+    direction = 3 * torch.randn(32, generator=torch.Generator().manual_seed(2))
+
+    def patched(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        return (output[0] + direction, *output[1:]) if isinstance(output, tuple) else output + direction
+
+    return patched
+
+
+def test_other_layers_are_refused():
+    model = converted(plain_model())
+    layers = model.model.layers
+    with pytest.raises(ValueError, match="`layers` must stay the model's 4 decoder layers in their order"):
+        get_peft_model(model, LoraConfig(**LORA, layer_replication=[[0, 3], [1, 4]]))
+    for others in (torch.nn.ModuleList(reversed(layers)), layers[1:], torch.nn.ModuleList([*layers, layers[0]]), None):
+        with pytest.raises(ValueError, match="`layers` must stay"):
+            model.model.layers = others
+
+
+def test_the_first_layers_alone_are_the_plain_models():
+    plain = plain_model()
+    outputs = []
+    for model in (plain, converted(plain)):
+        model.model.layers = model.model.layers[:2]
+        model.config.num_hidden_layers = 2
+        outputs.append(model(tiny_inputs()).logits)
+    assert torch.equal(*outputs)
+
+
+def test_fewer_layers_than_saved_are_those_of_a_whole_model(tmp_path):
+    """Loading less than was saved stops; lowering the number afterwards is what architecture.md advises."""
+    plain = plain_model()
+    model = converted(plain)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path / "plain")
+    loaded.config.num_hidden_layers = 2
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", num_hidden_layers=2)
+    assert torch.equal(loaded(tiny_inputs()).logits, expected(tiny_inputs()).logits)
+
+
+def test_shadow_adapters_of_the_source_act_on_the_converted_model(tmp_path):
+    source = plain_model()
+    model = converted(source)
+    adapted = get_peft_model(source, ShadowConfig(task_type="CAUSAL_LM")).eval()
+    disturb(adapted)
+    expected = adapted(input_ids=tiny_inputs()).logits
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model, tmp_path).eval()
+    assert torch.equal(loaded(input_ids=tiny_inputs()).logits, expected)
+
+
+def test_a_prefix_is_never_ignored():
+    model = get_peft_model(tiny_model("llama", 3), ADAPTERS["prefix"]()).eval()
+    disturb(model)
+    model(input_ids=tiny_inputs())
+    if CACHE == "cache":
+        with pytest.raises(ValueError, match="not as both: one would be ignored"):
+            model.generate(input_ids=tiny_inputs(), max_new_tokens=2)
+    else:
+        model.generate(input_ids=tiny_inputs(), max_new_tokens=2)
