@@ -170,5 +170,5 @@ def write_config(
     else:
         config.architectures = [type(model).__name__]
         custom_object_save(model, result, config=config)
-        config.auto_map |= auto_map()
+        config.auto_map |= auto_map(type(model))
         config.save_pretrained(result)

@@ -19,6 +19,7 @@ from .backbone_attnres import UnsupportedBackboneError, supported_backbones
 from .block_summaries_attnres import BlockSummaries
 from .configuration_attnres import AttnResConfig
 from .depth_attention_attnres import naive_depth_attention
+from .kimi_k3_attnres import KimiK3ForCausalLM, KimiK3TextConfig, KimiK3TextModel
 from .modeling_attnres import (
     AttnResForCausalLM,
     AttnResForQuestionAnswering,
@@ -46,6 +47,9 @@ __all__ = [
     "AttnResModel",
     "AttnResPreTrainedModel",
     "BlockSummaries",
+    "KimiK3ForCausalLM",
+    "KimiK3TextConfig",
+    "KimiK3TextModel",
     "UnsupportedBackboneError",
     "attention_residuals",
     "attnres_lora_config",

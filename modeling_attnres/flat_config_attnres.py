@@ -20,6 +20,7 @@ lie in a slot of the instance. Its `__dict__` holds the backbone's fields alone,
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
@@ -94,7 +95,7 @@ def config_class_for(cls: type[PreTrainedConfig], backbone_class: type[PreTraine
             f"config with {sorted(taken)}."
         )
     namespace = {
-        "__module__": cls.__module__,
+        "__module__": module_of_made(cls, backbone_class),
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "attnres_config_class": cls,
@@ -206,6 +207,19 @@ def plain_architectures(architectures: list[str] | None, backbone_class: type[Pr
     return names if all(hasattr(library, name) for name in names) else None
 
 
+def module_of_made(cls: type, backbone_class: type[PreTrainedConfig]) -> str:
+    """The module that a class made for a backbone belongs to: the file that a checkpoint's `auto_map` names.
+
+    Transformers copies to a checkpoint what this file imports, and imports nothing else of it. It is the file of `cls`,
+    unless the backbone comes with a file of its own that has `cls` too, as Kimi K3 does.
+    """
+    offered = getattr(sys.modules.get(backbone_class.__module__), cls.__name__, None)
+    # By its file's name and not by identity: two checkpoints may have registered two copies of a backbone.
+    if getattr(offered, "__module__", "").rpartition(".")[-1] == cls.__module__.rpartition(".")[-1]:
+        return backbone_class.__module__
+    return cls.__module__
+
+
 def made_suffix(backbone_class: type[PreTrainedConfig]) -> str:
     """What the name of a model class that was made for a backbone has after the name of the class it was made of."""
     return f"_{backbone_class.__name__.removesuffix('Config')}"
@@ -219,6 +233,7 @@ __all__ = [
     "config_class_for",
     "keep_own_fields_apart",
     "made_suffix",
+    "module_of_made",
     "on_config_class",
     "plain_architectures",
     "public_names",
