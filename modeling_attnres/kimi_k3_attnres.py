@@ -454,10 +454,12 @@ class _HeadsFromFile(ConversionOps):
         (tensor,) = input_dict.values()
         values = (tensor[0] if isinstance(tensor, list) else tensor).reshape(-1)
         heads = config.linear_num_heads
-        if values.numel() < heads or values[heads:].any():
+        padding = values[heads:]
+        used = 0 if padding.is_meta else int(padding.count_nonzero())
+        if values.numel() < heads or used:
             raise ValueError(
                 f"`{full_layer_name}` must have one number for each of the {heads} heads and zeros after them, got "
-                f"{values.numel()} numbers, {int(values[heads:].count_nonzero())} of the later ones not zero."
+                f"{values.numel()} numbers, {used} of the later ones not zero."
             )
         return {target_patterns[0]: values[:heads].view(1, 1, heads, 1).contiguous()}
 
@@ -482,14 +484,15 @@ class _HeadsToFile(ConversionOps):
 def _weight_conversions() -> list[WeightRenaming | WeightConverter]:
     """kimi_linear's, up to two: `A_log` is padded, and only a mixture of experts is called `block_sparse_moe`."""
     library = get_checkpoint_conversion_mapping(KimiLinearConfig.model_type)
-    conversions = [part for part in library if not any("block_sparse_moe" in name for name in part.source_patterns)]
+    replaced = ("block_sparse_moe", "A_log")
+    conversions = [part for part in library if not any(name in part.source_patterns[0] for name in replaced)]
     latent = ("routed_expert_down_proj", "routed_expert_norm", "routed_expert_up_proj")
     conversions += [
         WeightRenaming(rf"\.block_sparse_moe\.{name}\.", rf"\.mlp\.{name}\.")
         for name in ("gate", "experts", "shared_experts", *latent)
     ]
-    decay = "self_attn.forget_gate.A_log"
-    return [*conversions, WeightConverter(decay, decay, operations=[_HeadsFromFile()])]
+    decay = WeightConverter("self_attn.A_log", "self_attn.forget_gate.A_log", operations=[_HeadsFromFile()])
+    return [*conversions, decay]
 
 
 register_checkpoint_conversion_mapping(KimiK3TextConfig.model_type, _weight_conversions(), overwrite=True)
