@@ -282,6 +282,7 @@ class KimiK3TopkRouter(KimiLinearTopkRouter):
         super().__init__(config)
         # Of the model's dtype, as in the released files; the product with it is in fp32 all the same.
         self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
+        self.e_score_correction_bias = self.e_score_correction_bias.float()
         # A single weight is left what it is: divided by itself it would be 1.
         self.norm_topk_prob = config.norm_topk_prob and self.top_k > 1
 
