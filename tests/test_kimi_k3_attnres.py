@@ -4,16 +4,19 @@ import json
 
 import pytest
 import torch
+from fresh_process import LOADER, load_results, run_python
 from kimi_k3_naive import is_dense, naive_logits
 from kimi_k3_tiny import FOLDER, expected_logits, fixture_model, fixture_weights, published_fields
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_backbones import randomize_depth_attention, tiny_inputs, tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, KimiK3ForCausalLM, KimiK3TextConfig
 from modeling_attnres.compat_attnres import CACHE
+from modeling_attnres.eval.inspect_model import inspect_model
 from modeling_attnres.kimi_k3_attnres import KimiK3GatedActivation, KimiK3MoE, _HeadsFromFile
 
 
@@ -380,3 +383,47 @@ def test_the_plain_model_generates_and_loads_again(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.generate(tiny_inputs(), **choices), expected)
+
+
+def test_the_plain_model_runs_by_its_own_code(tmp_path):
+    """In a process without the package."""
+    model = plain_model().eval()
+    model.save_pretrained(tmp_path / "model")
+    paths = {"again": str(tmp_path / "again"), "results": str(tmp_path / "results.safetensors")}
+    job = {"source": str(tmp_path / "model"), "auto_class": "AutoModelForCausalLM", "inputs": tiny_inputs().tolist()}
+    (tmp_path / "jobs.json").write_text(json.dumps([{**job, **paths}]))
+    run_python(LOADER, tmp_path / "jobs.json", folder=tmp_path, HF_HUB_OFFLINE="1")
+    results = load_results(tmp_path / "results.safetensors")
+    with torch.no_grad():
+        expected = model(tiny_inputs()).logits
+    for turn in ("first", "again"):
+        assert torch.equal(results[turn]["logits"], expected)
+
+
+@pytest.mark.parametrize("build", [plain_model, lambda: tiny_model("kimi_k3_text")], ids=["prenorm", "attnres"])
+def test_trainer_takes_a_step(build, tmp_path):
+    model = build()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True
+    )
+    examples = [{"input_ids": row, "labels": row} for row in tiny_inputs(4, 24)]
+    result = Trainer(model, arguments, train_dataset=examples).train()
+    assert 0 < result.training_loss < 10
+    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+
+
+def test_depth_is_inspected():
+    model = tiny_model("kimi_k3_text", 4)
+    dynamics, weights = inspect_model(model, tiny_inputs())
+    assert weights.shape == (2 * 4 + 1, 2 + 1)  # L + 1 mixes over the embedding and two blocks
+    torch.testing.assert_close(weights.nansum(-1), torch.ones(9, dtype=weights.dtype), rtol=0, atol=1e-6)  # fp32
+    assert len(dynamics.gradient_norm) == 4
+    assert min(dynamics.gradient_norm) > 0
+
+
+def test_peft_finds_targets_in_the_plain_model():
+    targets = get_peft_model(plain_model(), LoraConfig(task_type="CAUSAL_LM")).targeted_module_names
+    mixers = {"q_proj", "v_proj", "q_b_proj", "kv_b_proj"}
+    assert {name.rpartition(".")[-1] for name in targets} == mixers
+    assert {int(name.split(".")[2]) for name in targets} == set(range(5))
