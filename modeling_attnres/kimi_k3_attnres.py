@@ -126,8 +126,8 @@ class KimiK3TextConfig(KimiLinearConfig):
     def __post_init__(self, **kwargs):
         self._read_fixed(kwargs)
         self._read_linear_attention(kwargs.pop("linear_attn_config", None) or {})
-        first_sparse = kwargs.pop("first_k_dense_replace", 0)
-        every = kwargs.pop("moe_layer_freq", 1)
+        first_sparse = kwargs.pop("first_k_dense_replace", None) or 0
+        every = kwargs.pop("moe_layer_freq", None) or 1
         if self.mlp_layer_types is None:
             has_experts = kwargs.get("num_experts", self.num_local_experts) is not None
             self.mlp_layer_types = [
@@ -175,14 +175,16 @@ class KimiK3TextConfig(KimiLinearConfig):
                 "`linear_attn_config` must name every decoder layer once, from 1 to `num_hidden_layers`="
                 f"{self.num_hidden_layers}, in {' and '.join(f'`{name}`' for name in lists)}, got {given}."
             )
-        if self.layer_types is None:
-            full = given.get("full_attn_layers")
-            if full is None:  # as in the released model: every fourth layer, and the last
-                full = [*range(4, self.num_hidden_layers, 4), self.num_hidden_layers]
-            self.layer_types = [
-                "full_attention" if number in full else "linear_attention"
-                for number in range(1, self.num_hidden_layers + 1)
-            ]
+        # By default as in the released model: every fourth layer, and the last.
+        every_fourth = [*range(4, self.num_hidden_layers, 4), self.num_hidden_layers]
+        full = given.get("full_attn_layers", [] if given else every_fourth)
+        layer_types = [
+            "full_attention" if number in full else "linear_attention"
+            for number in range(1, self.num_hidden_layers + 1)
+        ]
+        if given and self.layer_types not in (None, layer_types):
+            raise ValueError(f"`layer_types` must agree with `linear_attn_config`={given}, got {self.layer_types}.")
+        self.layer_types = self.layer_types or layer_types
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
@@ -280,7 +282,7 @@ class KimiK3Experts(nn.Module):
 class KimiK3TopkRouter(KimiLinearTopkRouter):
     def __init__(self, config: KimiK3TextConfig):
         super().__init__(config)
-        # Of the model's dtype, as in the released files; the product with it is in fp32 all the same.
+        # Dtypes as in the released files, on every version; the product with the weight is in fp32 all the same.
         self.weight = nn.Parameter(torch.zeros(self.num_experts, self.hidden_dim))
         self.e_score_correction_bias = self.e_score_correction_bias.float()
         # A single weight is left what it is: divided by itself it would be 1.

@@ -18,7 +18,6 @@ import re
 from collections import Counter
 
 import torch
-from torch import nn
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, KimiK3TextConfig
 
@@ -35,12 +34,8 @@ def count_weights(config: AttnResConfig, dtype: str = "bfloat16") -> dict[str, i
     Args:
         dtype: that the model is loaded in. What its backbone keeps in fp32 counts as that.
     """
-    model = _build(config)
-    kept = _in_fp32(model)
-    counts = Counter()
-    for name, tensor in _stored(model):
-        counts["float32" if kept.search(name) else dtype] += tensor.numel()
-    return dict(counts)
+    experts, others = _count(config, dtype)
+    return dict(experts + others)
 
 
 def count_kimi_k3_file(config: AttnResConfig) -> dict[str, int]:
@@ -56,13 +51,12 @@ def count_kimi_k3_file(config: AttnResConfig) -> dict[str, int]:
         raise ValueError(
             f"`config` must have a '{KimiK3TextConfig.model_type}' backbone, got '{config.backbone_type}'."
         )
-    experts = sum(tensor.numel() for name, tensor in _stored(_build(config)) if ".mlp.experts." in name)
-    counts = count_weights(config)
+    experts, others = _count(config, "bfloat16")
     padding = config.layer_types.count("linear_attention") * (config.linear_head_dim - config.linear_num_heads)
     return {
-        "float32": counts["float32"] + padding,
-        "bfloat16": counts["bfloat16"] - experts + 2 * config.hidden_size,
-        MXFP4: experts,
+        "float32": others["float32"] + padding,
+        "bfloat16": others["bfloat16"] + 2 * config.hidden_size,
+        MXFP4: experts.total(),
     }
 
 
@@ -73,18 +67,16 @@ def count_bytes(dtype: str, parameters: int) -> int:
     return parameters * BYTES[dtype]
 
 
-def _build(config: AttnResConfig) -> AttnResForCausalLM:
+def _count(config: AttnResConfig, dtype: str) -> tuple[Counter, Counter]:
+    """Parameters by dtype: of the routed experts, and of all else. A tied tensor counts once."""
     with torch.device("meta"):
-        return AttnResForCausalLM(config)
-
-
-def _stored(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Names and tensors of a state dict, a tied one once."""
-    names = model.state_dict().keys()
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return [(name, tensor) for name, tensor in tensors if name in names]
-
-
-def _in_fp32(model: AttnResForCausalLM) -> re.Pattern:
-    """Finds the names of what `from_pretrained` leaves in fp32, as the library finds them."""
-    return re.compile("|".join(sorted(model._keep_in_fp32_modules_strict)) or r"(?!)")
+        model = AttnResForCausalLM(config)
+    # The names of what `from_pretrained` leaves in fp32 are found as the library finds them.
+    kept = re.compile("|".join(sorted(model._keep_in_fp32_modules_strict)) or r"(?!)")
+    stored = model.state_dict().keys()
+    experts, others = Counter(), Counter()
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if name in stored:
+            counts = experts if ".mlp.experts." in name else others
+            counts["float32" if kept.search(name) else dtype] += tensor.numel()
+    return experts, others

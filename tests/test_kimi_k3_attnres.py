@@ -285,6 +285,7 @@ def test_a_config_file_is_read_back(tmp_path):
         ({"linear": {"head_size": 8}}, r"`linear_attn_config` has fields that are unknown here: \['head_size'\]"),
         ({"linear": {"kda_layers": [1, 2]}}, "must name every decoder layer once, from 1 to `num_hidden_layers`=5"),
         ({"linear": {"kda_layers": [1, 2, 3, 4]}}, "must name every decoder layer once"),
+        ({"layer_types": 5 * ["full_attention"]}, "`layer_types` must agree with `linear_attn_config`=.*got"),
         ({"moe_intermediate_size": None}, "needs `moe_intermediate_size`"),
         ({"num_experts_per_token": 6}, "`num_experts_per_token` must be from 1 to `num_experts`=5, got 6"),
         ({"num_experts": None, "mlp_layer_types": 5 * ["sparse"]}, "needs `num_experts`"),
