@@ -224,6 +224,16 @@ def test_situ_is_computed_in_fp32_and_rounded_once():
     assert wide.abs().max() <= 4 * 25
 
 
+def test_gates_of_linear_attention_are_computed_in_fp32():
+    mixer = AutoModelForCausalLM.from_config(
+        KimiK3TextConfig(**published_fields()), dtype=torch.bfloat16
+    ).model.layers[0]
+    hidden = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    step, decay = mixer.self_attn.b_proj(hidden), mixer.self_attn.forget_gate(hidden)
+    assert (step.dtype, decay.dtype) == (torch.float32, torch.float32)
+    assert -5 < decay.min() < decay.max() < 0
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_experts_are_rounded_and_then_summed_in_fp32(implementation):
     config = KimiK3TextConfig(**tiny_fields(num_experts=8, num_experts_per_token=8, moe_intermediate_size=16))
