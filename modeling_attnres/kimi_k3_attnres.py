@@ -100,6 +100,8 @@ class KimiK3TextConfig(KimiLinearConfig):
             Whether the output gate of linear attention is one projection, and not two of low rank.
         linear_gate_lower_bound (`float`, *optional*):
             Bound below of the log decay of linear attention, a negative number.
+        linear_padded_heads (`int`, *optional*):
+            How many numbers `A_log` has in files: one per head and zeros, as in the released ones. By default no zeros.
 
     Raises:
         ValueError: if a field asks for what this model does not compute, fields contradict one another, or the config
@@ -122,6 +124,7 @@ class KimiK3TextConfig(KimiLinearConfig):
     mla_use_output_gate: bool = False
     linear_use_full_rank_gate: bool = False
     linear_gate_lower_bound: float | int | None = None
+    linear_padded_heads: int | None = None
 
     def __post_init__(self, **kwargs):
         self._read_fixed(kwargs)
@@ -197,6 +200,11 @@ class KimiK3TextConfig(KimiLinearConfig):
         bound = self.linear_gate_lower_bound
         if bound is not None and not bound < 0:
             raise ValueError(f"`gate_lower_bound` bounds a log decay and must be negative, got {bound}.")
+        if self.linear_padded_heads is not None and self.linear_padded_heads < self.linear_num_heads:
+            raise ValueError(
+                f"`linear_padded_heads` must be at least the {self.linear_num_heads} heads of linear attention, got "
+                f"{self.linear_padded_heads}."
+            )
         if "sparse" in (self.mlp_layer_types or ()):
             sizes = ("num_experts", "num_experts_per_token", "moe_intermediate_size")
             if missing := [name for name in sizes if getattr(self, name, None) is None]:
@@ -472,12 +480,14 @@ class _HeadsFromFile(ConversionOps):
 
 
 class _HeadsToFile(ConversionOps):
-    """`A_log` `[1, 1, H, 1]` to `[H]`."""
+    """`A_log` `[1, 1, H, 1]` to `[H]`, or to as many numbers as the config says."""
 
     @torch.no_grad
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
         (tensor,) = input_dict.values()
-        return {target_patterns[0]: (tensor[0] if isinstance(tensor, list) else tensor).reshape(-1)}
+        values = (tensor[0] if isinstance(tensor, list) else tensor).reshape(-1)
+        zeros = (config.linear_padded_heads or values.numel()) - values.numel()
+        return {target_patterns[0]: nn.functional.pad(values, (0, zeros))}
 
     @property
     def reverse_op(self) -> ConversionOps:
