@@ -15,6 +15,7 @@
 
 import argparse
 import sys
+from collections import Counter
 
 from modeling_attnres.command_line import Result, ToolParser, positive_int, run_tool
 
@@ -24,6 +25,9 @@ from .dialects import DIALECT_NAMES, DIALECTS
 from .parity import ParityError
 from .report import ConversionReport
 from .targets import ATTNRES, PRENORM
+
+
+MAX_NAMES = 8  # that are printed one by one
 
 
 def build_parser() -> ToolParser:
@@ -97,8 +101,12 @@ def describe(report: ConversionReport) -> str:
         f"parameters  {report.num_parameters:,}, of which {report.parameters_added:,} added",
         f"weights     {report.weight_bytes / 1e6:,.1f} MB, {report.dtype}",
     ]
+    if report.decoded_weights:
+        lines.append(f"decoded     {report.decoded_weights:,} weights, from MXFP4 to bfloat16 without rounding")
     if report.dropped_keys:
-        lines.append(f"left out    {', '.join(report.dropped_keys)}")
+        lines.append(f"left out    {summarise(report.dropped_keys)}")
+    if report.unread_keys:
+        lines.append(f"set aside   {', '.join(report.unread_keys)} (no model reads them)")
     lines += [f"tokenizer   {report.tokenizer}", f"check       {report.check}"]
     lines += [
         f"            {name}: max logit difference {row['max_logit_difference']}, KL {row['kl_divergence']:.3g}, "
@@ -106,6 +114,14 @@ def describe(report: ConversionReport) -> str:
         for name, row in report.parity.items()
     ]
     return "\n".join(lines)
+
+
+def summarise(names: list[str]) -> str:
+    """Names of tensors: all of a few, of many how many each top-level module has."""
+    if len(names) <= MAX_NAMES:
+        return ", ".join(names)
+    counts = Counter(name.partition(".")[0] for name in names)
+    return f"{len(names)} tensors: {', '.join(f'{module}.* ({count})' for module, count in sorted(counts.items()))}"
 
 
 if __name__ == "__main__":

@@ -31,14 +31,24 @@ from modeling_attnres.command_line import DTYPES
 
 from .checkpoint import ConversionError, open_checkpoint
 from .companions import REPORT, companion_bytes, copy_companions
-from .dialects import DIALECT_NAMES, DIALECTS, detect_dialect, read_dialect, refuse_foreign
+from .dialects import DIALECT_NAMES, DIALECTS, KIMI_K3, detect_dialect, read_dialect, refuse_foreign
 from .fetch import FetchedSource, fetch_source
+from .kimi_k3 import num_decoded
 from .model_card import write_model_card
-from .parity import ParityError, check_finite, compare_logits, compare_sources, fixed_tokens, logits_of, tokenize
+from .parity import (
+    ParityError,
+    check_finite,
+    compare_backbones,
+    compare_logits,
+    compare_sources,
+    fixed_tokens,
+    logits_of,
+    tokenize,
+)
 from .refusals import refuse_adapter_folder
 from .report import ConversionReport
 from .source import Source, build_attnres_config, check_backbone_tensors, read_attnres, read_prenorm
-from .targets import ATTNRES, PRENORM, TARGETS, check_target, plan_weights, write_config
+from .targets import ATTNRES, PRENORM, TARGETS, check_target, plan_weights, write_config, write_unread
 from .tokenizer import NONE, has_tokenizer, keep_tokenizer
 from .writer import OutputShard, check_output, check_space, put_in_place, workspace, write_shards
 
@@ -113,6 +123,8 @@ def convert(
         result = work / "result"
         result.mkdir()
         write_shards(result, shards)
+        if to == ATTNRES:
+            write_unread(result, origin, dtype)
         defaults = origin.text_config if origin.kind in DIALECTS else origin.checkpoint.config
         copy_companions(folder, result, defaults, keep_card=to == ATTNRES and origin.kind != ATTNRES)
         write_config(result, origin, to, config, model, dtype)
@@ -202,6 +214,8 @@ def _report(source: Source, to: str, config: AttnResConfig, shards: list[OutputS
         parameters_added=2 * config.num_sublayers * config.text_config.hidden_size if source.attnres is None else 0,
         weight_bytes=sum(shard.num_bytes for shard in shards),
         dropped_keys=list(source.dropped),
+        unread_keys=sorted(source.unread) if to == ATTNRES else [],
+        decoded_weights=num_decoded(source.tensors),
         **names,
     )
 
@@ -242,6 +256,8 @@ def _check(
     if written.kind != to:
         raise ParityError(f"The result reads back as {written.kind!r} where {to!r} is due.")
     compare_sources(source, written, config, cast_to=config.dtype)
+    if KIMI_K3.name in (source.kind, to):
+        compare_backbones(source.text_config, written.text_config)
     tensors = "Every tensor of source and result was read back and compared bit for bit"
     if source.kind in DIALECTS or to in DIALECTS:
         ours = result if to == ATTNRES else source.checkpoint.folder

@@ -14,8 +14,8 @@
 """Other projects' AttnRes checkpoints: one table per dialect, one loop in each direction.
 
 A dialect that states the paper's rule in other names is read and written; one that computes something else is refused
-with the convention that differs. Tensors without a place in the table raise; the only tensors that reading leaves out
-are layer 0's attention-side pair, which both dialects store and never read (sublayer 0 has one source, no mix).
+with the convention that differs. Tensors without a place in the table raise. Both dialects store an attention-side pair
+for layer 0 that no model reads (sublayer 0 has one source, no mix): it is kept beside the result, for writing it back.
 
 Letters: L sublayers (two per decoder layer), D hidden size, S sublayers per block. Rows of the depth tensors `[L, D]`:
 `l - 1` for sublayer l, the last for the output mix.
@@ -31,8 +31,17 @@ from transformers import PreTrainedConfig
 
 from modeling_attnres import AttnResConfig
 
-from .backbone_configs import fla_to_library, kimi_k3_to_library, library_to_fla, library_to_kimi_k3
+from .backbone_configs import (
+    Shapes,
+    fla_to_library,
+    is_kimi_k3,
+    kimi_k3_text_fields,
+    kimi_k3_to_library,
+    library_to_fla,
+    library_to_kimi_k3,
+)
 from .checkpoint import Checkpoint, CheckpointError, ConversionError, shorten
+from .kimi_k3 import KIMI_K3_TEXT, KIMI_LINEAR, OUTER_TYPE, PREFIX, backbone_shapes, fit, unfold
 from .source import DEPTH_KEY_NORM, DEPTH_QUERY, Source, build_config, without_dropped
 
 
@@ -49,7 +58,7 @@ class Dialect:
         mixer, feed_forward, output: names of a mix's two tensors; `{part}` is `proj` (the query, `[1, D]`) or `norm`
             (the key norm, `[D]`), `{layer}` the decoder layer.
         block_field: of the config; counts blocks in units of `sublayers_per_unit`.
-        read_config: `config.json` to the library's fields of the backbone.
+        read_config: the fields of the text model and the tensors' shapes, to the library's fields of the backbone.
         write_config: the reverse, or an error for a backbone that the dialect has no words for.
         backbone: the library's name -> the dialect's, by template; empty where the dialect uses the library's names.
     """
@@ -60,7 +69,7 @@ class Dialect:
     output: str
     block_field: str
     sublayers_per_unit: int
-    read_config: Callable[[dict[str, Any]], dict[str, Any]]
+    read_config: Callable[[dict[str, Any], Shapes], dict[str, Any]]
     write_config: Callable[[PreTrainedConfig], dict[str, Any]]
     backbone: dict[str, str] = field(default_factory=dict)
 
@@ -174,7 +183,9 @@ def detect_dialect(checkpoint: Checkpoint) -> str | None:
     for dialect in DIALECTS.values():
         if any(fields.get(dialect.block_field) is not None for fields in (config, text_config)):
             return dialect.name
-    return None
+    # Without depth attention, too, the files are Kimi K3's: the library would take the model for a kimi_linear.
+    is_linear = config.get("model_type") == KIMI_LINEAR and is_kimi_k3(config, checkpoint.tensors)
+    return KIMI_K3.name if is_linear or config.get("model_type") == OUTER_TYPE else None
 
 
 def refuse_foreign(name: str):
@@ -210,15 +221,24 @@ def backbone_names(table: dict[str, str], num_layers: int) -> dict[str, str]:
     }
 
 
-def to_dialect_names(dialect: Dialect, names: Iterable[str], num_layers: int) -> dict[str, str]:
+def to_dialect_names(dialect: Dialect, names: Iterable[str], config: PreTrainedConfig) -> dict[str, str]:
     """The library's name -> the dialect's.
 
     Raises:
         DialectError: for names that the dialect has no word for.
     """
-    if not dialect.backbone:
+    problem = f"have no name in '{dialect.name}'"
+    if dialect is not KIMI_K3:
+        return _rename(backbone_names(dialect.backbone, config.num_hidden_layers), names, problem)
+    if config.model_type == KIMI_LINEAR:
         return {name: name for name in names}
-    return _rename(backbone_names(dialect.backbone, num_layers), names, f"have no name in '{dialect.name}'")
+    prefix = written_prefix(dialect, config)
+    return _rename({name: prefix + name for name in backbone_shapes(config)}, names, problem)
+
+
+def written_prefix(dialect: Dialect, config: PreTrainedConfig) -> str:
+    """What the names of all tensors begin with: Kimi K3's text model is a part of a multimodal one."""
+    return PREFIX if dialect is KIMI_K3 and config.model_type == KIMI_K3_TEXT else ""
 
 
 def _rename(table: dict[str, str], names: Iterable[str], problem: str) -> dict[str, str]:
@@ -232,80 +252,92 @@ def _rename(table: dict[str, str], names: Iterable[str], problem: str) -> dict[s
 
 
 def read_dialect(checkpoint: Checkpoint, dialect: Dialect, drop_keys: tuple[str, ...] = ()) -> Source:
-    """Reads a checkpoint in a dialect.
+    """Reads a checkpoint in a dialect. In Kimi K3's it may also be a PreNorm model.
 
     Raises:
         DialectError: if its backbone has parts that the library's does not, or tensors are unknown.
-        CheckpointError: if depth tensors are missing or misshapen.
+        CheckpointError: if tensors are missing or misshapen.
     """
     where = str(checkpoint.folder / "config.json")
-    nested = isinstance(checkpoint.config.get("text_config"), dict)
-    fields = checkpoint.config["text_config"] if nested else checkpoint.config
+    plain, fields, left_out, prefix = checkpoint, checkpoint.config, (), ""
+    if dialect is KIMI_K3:
+        plain, left_out = unfold(checkpoint)
+        fields = kimi_k3_text_fields(plain.config)
+        prefix = PREFIX if any(name.startswith(PREFIX) for name in plain.tensors) else ""
     units = fields.get(dialect.block_field)
-    if isinstance(units, bool) or not isinstance(units, int) or units < 1:
+    is_prenorm = dialect is KIMI_K3 and units is None
+    if not is_prenorm and (isinstance(units, bool) or not isinstance(units, int) or units < 1):
         raise DialectError(f"{where}: dialect '{dialect.name}' needs `{dialect.block_field}` >= 1, got {units!r}.")
-    library_fields = dialect.read_config(fields, _shapes(checkpoint))
-    library_fields.pop(dialect.block_field, None)
-    shards, dropped = without_dropped(checkpoint, drop_keys)
-    text_config = build_config(library_fields, where)
-    num_layers = text_config.num_hidden_layers
-    prefix = "language_model." if nested else ""
+    shapes = {name: tuple(tensor.shape) for name, tensor in plain.tensors.items()}
+    text_config = build_config(dialect.read_config(fields, shapes), where)
+    shards, dropped = without_dropped(plain, drop_keys)
     stored = {name.removeprefix(prefix): tensor for shard in shards for name, tensor in shard}
     if len(stored) < sum(map(len, shards)):
         raise CheckpointError(f"{checkpoint.folder}: tensors are stored twice, with and without '{prefix}'.")
-    query, key_norm, taken, unread = _read_depth(stored, dialect, num_layers, text_config.hidden_size, where)
-    rest = [name for name in stored if name not in taken]
-    names = {name: name for name in rest}
-    if dialect.backbone:
-        reverse = {target: source for source, target in backbone_names(dialect.backbone, num_layers).items()}
-        names = _rename(reverse, rest, f"of {checkpoint.folder} are unknown to '{dialect.name}'")
+    attnres, depth, unread, taken = None, {}, {}, set()
+    if not is_prenorm:
+        # A dialect may name a block longer than the model; one block is what that means.
+        block = min(units * dialect.sublayers_per_unit, 2 * text_config.num_hidden_layers)
+        attnres = AttnResConfig(text_config=text_config, sublayers_per_block=block, depth_weights="mean")
+        depth, unread, taken = _read_depth(stored, dialect, text_config, prefix, where)
+    rest = {name: tensor for name, tensor in stored.items() if name not in taken}
+    tensors = _to_library(rest, dialect, text_config, prefix, str(checkpoint.folder))
     return Source(
         kind=dialect.name,
         checkpoint=checkpoint,
         text_config=text_config,
         shards=[
-            [(names[short], tensor) for name, tensor in shard if (short := name.removeprefix(prefix)) in names]
-            for shard in shards
+            [tensors[short] for name, _ in shard if (short := name.removeprefix(prefix)) in rest] for shard in shards
         ],
-        attnres=AttnResConfig(
-            text_config=text_config,
-            # A dialect may name a block longer than the model; one block is what that means.
-            sublayers_per_block=min(units * dialect.sublayers_per_unit, 2 * num_layers),
-            depth_weights="mean",
-        ),
-        depth={DEPTH_QUERY: query, DEPTH_KEY_NORM: key_norm},
-        dropped=tuple(sorted([*dropped, *unread])),
+        attnres=attnres,
+        depth=depth,
+        unread=unread,
+        dropped=tuple(sorted([*dropped, *left_out])),
     )
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+def _to_library(
+    stored: dict[str, Any], dialect: Dialect, config: PreTrainedConfig, prefix: str, where: str
+) -> dict[str, tuple[str, Any]]:
+    """The backbone's tensors by their names in the files, as `(name in the library's layout, tensor)`."""
+    if dialect is KIMI_K3:
+        return {name: (name, tensor) for name, tensor in fit(stored, config, prefix, where).items()}
+    reverse = {theirs: ours for ours, theirs in backbone_names(dialect.backbone, config.num_hidden_layers).items()}
+    names = _rename(reverse, stored, f"of {where} are unknown to '{dialect.name}'")
+    return {name: (names[name], tensor) for name, tensor in stored.items()}
 
 
-def _read_depth(stored: dict, dialect: Dialect, num_layers: int, hidden_size: int, where: str):
-    """Gathers the mixes' tensors into two matrices `[L, D]`; returns them, the names taken, and the unread ones."""
+def _read_depth(stored: dict[str, Any], dialect: Dialect, config: PreTrainedConfig, prefix: str, where: str):
+    """Gathers the mixes' tensors: the matrices `[L, D]` by name, the pair that nothing reads, and all names taken."""
     rows: list[tuple[torch.Tensor, torch.Tensor]] = []
-    taken, unread, missing = set(), [], []
-    ordered = sorted(depth_names(dialect, num_layers), key=lambda item: -1 if item[2] is None else item[2])
-    for query_name, norm_name, row in ordered:
-        present = [name for name in (query_name, norm_name) if name in stored]
+    unread, taken, missing = {}, set(), []
+    ordered = sorted(
+        depth_names(dialect, config.num_hidden_layers), key=lambda item: -1 if item[2] is None else item[2]
+    )
+    shapes = (1, config.hidden_size), (config.hidden_size,)
+    for *names, row in ordered:
+        present = [name for name in names if name in stored]
         taken.update(present)
-        if row is None:
-            unread += present
+        if row is not None or present:
+            missing += [f"{prefix}{name}" for name in names if name not in stored]
+        if len(present) < 2:
             continue
-        missing += [name for name in (query_name, norm_name) if name not in stored]
-        if len(present) == 2:
-            shapes = stored[query_name].shape, stored[norm_name].shape
-            if shapes != ((1, hidden_size), (hidden_size,)):
-                raise CheckpointError(
-                    f"{where}: '{query_name}' and '{norm_name}' must be [1, {hidden_size}] and [{hidden_size}], got "
-                    f"{list(shapes[0])} and {list(shapes[1])}."
-                )
-            rows.append((stored[query_name].read().view(-1), stored[norm_name].read()))
+        found = tuple(stored[name].shape for name in names)
+        if found != shapes:
+            query_name, norm_name = (f"{prefix}{name}" for name in names)
+            raise CheckpointError(
+                f"{where}: '{query_name}' and '{norm_name}' must be {list(shapes[0])} and {list(shapes[1])}, got "
+                f"{list(found[0])} and {list(found[1])}."
+            )
+        query, norm = (stored[name].read() for name in names)
+        if row is None:
+            unread = dict(zip(names, (query, norm)))
+        else:
+            rows.append((query.view(-1), norm))
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} depth tensors are missing: {shorten(missing)}.")
     query, key_norm = (_stack(part) for part in zip(*rows))
-    return query, key_norm, taken, unread
+    return {DEPTH_QUERY: query, DEPTH_KEY_NORM: key_norm}, unread, taken
 
 
 def _stack(rows: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -344,23 +376,40 @@ def dialect_config(source: Source, dialect: Dialect) -> dict[str, Any]:
     if dialect is FLA and config.sublayers_per_block > 1 and config.sublayers_per_block % 2:
         raise DialectError(f"'fla' allows blocks of 1 or an even number, got {config.sublayers_per_block} sublayers.")
     fields = dialect.write_config(source.text_config)
+    fields[dialect.block_field] = config.sublayers_per_block // dialect.sublayers_per_unit
     eps = fields.get("rms_norm_eps", fields.get("norm_eps"))
     if eps != config.depth_norm_eps:
         raise DialectError(
             f"'{dialect.name}' has one epsilon for all norms, {eps}; this model's `depth_norm_eps` is "
             f"{config.depth_norm_eps}."
         )
-    return {**fields, dialect.block_field: config.sublayers_per_block // dialect.sublayers_per_unit}
+    if not written_prefix(dialect, source.text_config):
+        return fields
+    outer = {name: fields[name] for name in ("dtype", "bos_token_id", "eos_token_id", "pad_token_id")}
+    outer["tie_word_embeddings"] = fields["tie_word_embeddings"]
+    return {
+        "model_type": OUTER_TYPE,
+        "architectures": ["KimiK3ForConditionalGeneration"],
+        "text_config": fields,
+        **outer,
+    }
 
 
 def dialect_depth_tensors(source: Source, dialect: Dialect) -> list[tuple[str, torch.Tensor]]:
-    """The two matrices as the dialect's tensors; the pair that nothing reads is written as at initialisation."""
+    """The two matrices as the dialect's tensors.
+
+    The pair that nothing reads is what it was where the model came from; a model that has none gets it as at
+    initialisation.
+    """
     queries, key_norms = source.depth[DEPTH_QUERY], source.depth[DEPTH_KEY_NORM]
+    prefix = written_prefix(dialect, source.text_config)
     tensors = []
     for query_name, norm_name, row in depth_names(dialect, source.text_config.num_hidden_layers):
-        if row is None:
-            query, norm = torch.zeros_like(queries[0]), torch.ones_like(key_norms[0])
+        if row is not None:
+            query, norm = queries[row].unsqueeze(0), key_norms[row]
+        elif {query_name, norm_name} <= source.unread.keys():
+            query, norm = source.unread[query_name], source.unread[norm_name]
         else:
-            query, norm = queries[row], key_norms[row]
-        tensors += [(query_name, query.unsqueeze(0)), (norm_name, norm)]
+            query, norm = torch.zeros_like(queries[:1]), torch.ones_like(key_norms[0])
+        tensors += [(prefix + query_name, query), (prefix + norm_name, norm)]
     return tensors

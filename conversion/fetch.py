@@ -13,6 +13,7 @@
 # limitations under the License.
 """Where a source comes from: a folder, a GGUF file, or the Hub."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,10 @@ class FetchedSource:
         """The tokenizer as a user of the source gets it; code that came with the source is not run."""
         place, keywords = self.location
         if self.repo_id is not None:  # the library's choice of a class may depend on the name
-            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-            config.name_or_path = self.repo_id
-            keywords = {"config": config}
+            with suppress(ValueError):  # a model type without a class: the library takes the tokenizer's files alone
+                config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+                config.name_or_path = self.repo_id
+                keywords = {"config": config}
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **keywords)
 
 

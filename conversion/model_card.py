@@ -78,6 +78,7 @@ def _settings(report: ConversionReport) -> str:
         ("queries", "zero" if report.queries_are_zero else "trained"),
         ("parameters", f"{report.num_parameters:,}, of which {report.parameters_added:,} are depth attention"),
         ("dtype", report.dtype),
+        *([("decoded", f"{report.decoded_weights:,} weights, from MXFP4")] if report.decoded_weights else []),
         ("tokenizer", report.tokenizer.replace("|", "\\|")),
     ]
     return "## Settings\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)

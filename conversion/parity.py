@@ -39,6 +39,8 @@ NUM_FIXED_TOKENS = 48
 ALIGNMENT_BYTES = 64
 # Twice this is in memory while a model is loaded whole: what fits beside the memory that writing a shard needs.
 WHOLE_MODEL_BYTES = 400_000_000
+# What a config says about its file, not about the model in it.
+_OF_A_FILE = ("architectures", "auto_map", "transformers_version", "_name_or_path", "dtype")
 
 
 class ParityError(ConversionError):
@@ -230,19 +232,42 @@ def compare_sources(source: Source, result: Source, config: AttnResConfig, cast_
             raise ParityError(
                 f"The result's depth attention has {', '.join(result.depth)}, not {', '.join(source.depth)}."
             )
-        pairs += [(name, partial(source.depth.get, name), partial(result.depth.get, name)) for name in source.depth]
+        kept = [(source.depth, result.depth)]
+        if source.unread:
+            if source.unread.keys() != result.unread.keys():
+                raise ParityError(f"The result does not keep {shorten(source.unread)}.")
+            kept.append((source.unread, result.unread))
+        pairs += [(name, partial(due.get, name), partial(found.get, name)) for due, found in kept for name in due]
     for name, read_due, read_found in tqdm(pairs, desc="Comparing tensors"):
-        tensor, other = read_due(), read_found()
-        if other.dtype != tensor.dtype and other.dtype == cast_to:
-            tensor = tensor.to(cast_to)
-        if tensor.dtype != other.dtype or not _same_bits(tensor, other):
+        if not _same_tensors(read_due(), read_found(), cast_to):
             raise ParityError(f"'{name}' of the result is not the source's.")
+
+
+def compare_backbones(source: PreTrainedConfig, result: PreTrainedConfig):
+    """Raises `ParityError` if two configs of one class describe two backbones, naming the first field."""
+    due, found = _backbone_fields(source), _backbone_fields(result)
+    if different := sorted(name for name in due.keys() | found.keys() if due.get(name) != found.get(name)):
+        raise ParityError(
+            f"The result's config reads back with {different[0]}={found.get(different[0])!r:.80} where "
+            f"{due.get(different[0])!r:.80} is due."
+        )
+
+
+def _backbone_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a backbone's config that its computation may depend on."""
+    return {name: value for name, value in config.to_dict().items() if name not in _OF_A_FILE}
 
 
 def conventions() -> list[str]:
     """Names of the fields that say how an AttnRes model mixes its sources."""
     common = {field.name for field in fields(PreTrainedConfig)}
     return [field.name for field in fields(AttnResConfig) if field.name not in common]
+
+
+def _same_tensors(due: torch.Tensor, found: torch.Tensor, cast_to: torch.dtype) -> bool:
+    if found.dtype != due.dtype and found.dtype == cast_to:
+        due = due.to(cast_to)
+    return due.dtype == found.dtype and _same_bits(due, found)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -31,6 +31,8 @@ class ConversionReport:
         num_parameters: of the result, `parameters_added` of them depth attention that the source did not have.
         weight_bytes: size of the result's tensors.
         dropped_keys: tensors of the source that the result leaves out.
+        unread_keys: tensors of the source that no model reads, kept beside the weights of an AttnRes checkpoint.
+        decoded_weights: how many weights of the result were packed in the source.
         tokenizer: what became of the source's tokenizer, in a sentence.
         check: how the result was checked, in a sentence.
         parity: per input the fields of [`Parity`]; empty if logits were not compared.
@@ -53,6 +55,8 @@ class ConversionReport:
     parameters_added: int
     weight_bytes: int
     dropped_keys: list[str]
+    unread_keys: list[str] = field(default_factory=list)
+    decoded_weights: int = 0
     version: str = modeling_attnres.__version__
     revision: str | None = None
     tokenizer: str = "Not written."

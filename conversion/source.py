@@ -20,6 +20,7 @@ Letters: L sublayers (two per decoder layer), D hidden size, S sublayers per blo
 import copy
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,16 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, UnsupportedBackboneError
 
-from .checkpoint import Checkpoint, CheckpointError, ConversionError, PickledTensor, StoredTensor, first_line, shorten
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    ConversionError,
+    PickledTensor,
+    StoredTensor,
+    first_line,
+    read_header,
+    shorten,
+)
 from .library import quiet_library
 from .refusals import check_droppable, check_not_quantised, refuse_adapter_tensors, refuse_scales
 
@@ -36,6 +46,8 @@ from .refusals import check_droppable, check_not_quantised, refuse_adapter_tenso
 DEPTH_PREFIX = "model.depth_attention."
 DEPTH_QUERY, DEPTH_KEY_NORM = f"{DEPTH_PREFIX}query", f"{DEPTH_PREFIX}key_norm"
 SOFTMAX = "softmax"
+# Beside the weights of an AttnRes checkpoint, in a folder that nothing looks for weights in.
+UNREAD_FILE = "unread/unread.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Source:
         shards: per weight file, the backbone's tensors as `(name in the library's layout, stored tensor)`.
         attnres: the conventions of the depth attention, or `None` for a PreNorm model.
         depth: the depth attention's tensors by name; for the method `query` and `key_norm`, both `[L, D]`.
+        unread: tensors that the source stores and no model reads, by their names in its dialect.
         dropped: names of stored tensors that the result leaves out, on request or because nothing ever reads them.
     """
 
@@ -57,6 +70,7 @@ class Source:
     shards: list[list[tuple[str, StoredTensor | PickledTensor]]]
     attnres: AttnResConfig | None = None
     depth: dict[str, torch.Tensor] = field(default_factory=dict)
+    unread: dict[str, torch.Tensor] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
 
     @property
@@ -122,7 +136,12 @@ def read_attnres(checkpoint: Checkpoint, drop_keys: tuple[str, ...] = ()) -> Sou
             )
     depth = {name: stored[name].read() for name in due}
     shards = [[item for item in shard if item[0] not in due] for shard in shards]
-    return Source("attnres", checkpoint, config.text_config, shards, config, depth, dropped)
+    unread = _read_unread(checkpoint.folder / UNREAD_FILE)
+    return Source("attnres", checkpoint, config.text_config, shards, config, depth, unread, dropped)
+
+
+def _read_unread(file: Path) -> dict[str, torch.Tensor]:
+    return {tensor.name: tensor.read() for tensor in read_header(file)} if file.is_file() else {}
 
 
 def depth_shapes(config: AttnResConfig, where: str) -> dict[str, tuple[int, ...]]:

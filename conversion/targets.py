@@ -15,7 +15,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,15 +23,18 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
 from modeling_attnres.modeling_attnres import auto_map
+from modeling_attnres.state_dict_attnres import names_in_memory
 
 from .checkpoint import ConversionError, PickledTensor, StoredTensor
 from .dialects import DIALECTS, dialect_config, dialect_depth_tensors, to_dialect_names
-from .source import DEPTH_KEY_NORM, DEPTH_QUERY, Source
-from .writer import OutputShard, OutputTensor
+from .source import DEPTH_KEY_NORM, DEPTH_QUERY, UNREAD_FILE, Source
+from .writer import OutputShard, OutputTensor, write_safetensors
 
 
 ATTNRES, PRENORM = "attnres", "prenorm"
 TARGETS = (ATTNRES, PRENORM, *DIALECTS)
+# A file is split where decoding makes it larger than this: the Hub takes files of up to 50 GB.
+MAX_SHARD_BYTES = 40_000_000_000
 
 
 def check_target(source: Source, to: str, config: AttnResConfig):
@@ -95,10 +98,10 @@ def plan_weights(
     for tensor in source.tensors.values():
         sizes[tensor.dtype] += tensor.num_bytes
     stored = source.text_config.dtype if source.text_config.dtype in sizes else sizes.most_common(1)[0][0]
-    kept_in_fp32 = _kept_in_fp32(model)
+    kept_in_fp32 = _kept_in_fp32(model, source.tensors)
     names = {name: name for name in source.tensors}
     if to in DIALECTS:
-        names = to_dialect_names(DIALECTS[to], names, source.text_config.num_hidden_layers)
+        names = to_dialect_names(DIALECTS[to], names, source.text_config)
 
     shards = []
     for (file, before), after in zip(source.checkpoint.shards.items(), source.shards, strict=True):
@@ -107,8 +110,10 @@ def plan_weights(
             isinstance(tensor, StoredTensor) and (tensor.name, tensor.dtype) == (output.name, output.dtype)
             for (_, tensor), output in zip(after, tensors)
         )
-        if tensors:
-            shards.append(OutputShard(tensors, copy_of=file if unchanged else None))
+        if unchanged and tensors:
+            shards.append(OutputShard(tensors, copy_of=file))
+        else:
+            shards += [OutputShard(part) for part in _parts(tensors, MAX_SHARD_BYTES)]
     depth = [] if to == PRENORM else _depth_tensors(source, to, model.config, dtype or stored)
     if dtype is not None:
         depth = [(name, value.to(dtype)) for name, value in depth]
@@ -119,6 +124,19 @@ def plan_weights(
             )
         )
     return shards, dtype or stored
+
+
+def _parts(tensors: list[OutputTensor], max_bytes: int) -> Iterator[list[OutputTensor]]:
+    """The tensors in runs of at most `max_bytes`; a larger tensor is a run of its own."""
+    part, size = [], 0
+    for tensor in tensors:
+        if part and size + tensor.num_bytes > max_bytes:
+            yield part
+            part, size = [], 0
+        part.append(tensor)
+        size += tensor.num_bytes
+    if part:
+        yield part
 
 
 def _depth_tensors(source: Source, to: str, config: AttnResConfig, dtype: torch.dtype):
@@ -133,7 +151,7 @@ def _depth_tensors(source: Source, to: str, config: AttnResConfig, dtype: torch.
 def _output_tensor(
     new_name: str, name: str, tensor: StoredTensor | PickledTensor, dtype: torch.dtype | None, kept_in_fp32: set[str]
 ) -> OutputTensor:
-    if dtype is None or tensor.dtype == dtype or kept_in_fp32 & set(name.split(".")):
+    if dtype is None or tensor.dtype == dtype or name in kept_in_fp32:
         return OutputTensor(new_name, tensor.dtype, tensor.shape, tensor.read)
     return OutputTensor(new_name, dtype, tensor.shape, lambda: tensor.read().to(dtype))
 
@@ -142,11 +160,27 @@ def _constant(value: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: value
 
 
-def _kept_in_fp32(model: AttnResForCausalLM) -> set[str]:
-    """Parts of parameter names that the backbone keeps in fp32 whatever the model's dtype."""
+def write_unread(result: Path, source: Source, dtype: torch.dtype | None):
+    """Writes what the source stores and no model reads, so that it can be written back.
+
+    Args:
+        dtype: to cast it to, as the weights are.
+    """
+    if source.unread:
+        cast = {name: value if dtype is None else value.to(dtype) for name, value in source.unread.items()}
+        (result / UNREAD_FILE).parent.mkdir()
+        write_safetensors(
+            result / UNREAD_FILE,
+            [OutputTensor(name, value.dtype, tuple(value.shape), _constant(value)) for name, value in cast.items()],
+        )
+
+
+def _kept_in_fp32(model: AttnResForCausalLM, names: Iterable[str]) -> set[str]:
+    """The names, as they are in files, of tensors that the backbone keeps in fp32 whatever the model's dtype."""
     backbone = model.model
     groups = [backbone._keep_in_fp32_modules, backbone._keep_in_fp32_modules_strict]
-    return {name for group in groups if group for name in group}
+    kept = {name for group in groups if group for name in group}
+    return {name for name, own in names_in_memory(model, names).items() if kept & set(own.split("."))}
 
 
 # --- Everything but the weights --------------------------------------------------------------------------------------
@@ -170,5 +204,5 @@ def write_config(
     else:
         config.architectures = [type(model).__name__]
         custom_object_save(model, result, config=config)
-        config.auto_map |= auto_map()
+        config.auto_map |= auto_map(type(model))
         config.save_pretrained(result)

@@ -72,7 +72,7 @@ def write_shards(folder: Path, shards: list[OutputShard]):
             if shard.copy_of is not None:
                 _copy_file(shard.copy_of, folder / name, progress)
             else:
-                _write_safetensors(folder / name, shard.tensors, progress)
+                write_safetensors(folder / name, shard.tensors, progress)
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard.tensors}
         total_size = sum(shard.num_bytes for shard in shards)
@@ -112,21 +112,25 @@ def _header(tensors: list[OutputTensor]) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _write_safetensors(path: Path, tensors: list[OutputTensor], progress: tqdm):
+def write_safetensors(path: Path, tensors: list[OutputTensor], progress: tqdm | None = None):
     """A safetensors file with one tensor in memory at a time, which the library's own writer cannot do."""
+    progress = tqdm(disable=True) if progress is None else progress
     header = _header(tensors)
     with path.open("wb") as file:
         file.write(header)
         progress.update(len(header))
         for tensor in _write_order(tensors):
-            data = tensor.read()
-            if data.dtype != tensor.dtype or tuple(data.shape) != tuple(tensor.shape):
-                raise RuntimeError(
-                    f"'{tensor.name}' was announced as {tensor.dtype} {tensor.shape}, got {data.dtype} "
-                    f"{tuple(data.shape)}."
-                )
-            file.write(data.contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.write(_bytes_of(tensor))
             progress.update(tensor.num_bytes)
+
+
+def _bytes_of(tensor: OutputTensor) -> memoryview:
+    data = tensor.read()
+    if data.dtype != tensor.dtype or tuple(data.shape) != tuple(tensor.shape):
+        raise RuntimeError(
+            f"'{tensor.name}' was announced as {tensor.dtype} {tensor.shape}, got {data.dtype} {tuple(data.shape)}."
+        )
+    return data.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def check_output(out: Path, source: Path | None, overwrite: bool):

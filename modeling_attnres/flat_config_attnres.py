@@ -20,6 +20,7 @@ lie in a slot of the instance. Its `__dict__` holds the backbone's fields alone,
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
@@ -94,7 +95,7 @@ def config_class_for(cls: type[PreTrainedConfig], backbone_class: type[PreTraine
             f"config with {sorted(taken)}."
         )
     namespace = {
-        "__module__": cls.__module__,
+        "__module__": module_of_made(cls, backbone_class),
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "attnres_config_class": cls,
@@ -132,13 +133,18 @@ def backbone_of(text_config: Any, backbone_type: str | None, own_type: str) -> t
         own_type: the `model_type` of AttnRes configs.
 
     Raises:
-        ValueError: if they name none.
+        ValueError: if they name none, or one as a part of another model.
     """
     if isinstance(text_config, dict):
         if not text_config.get("model_type"):
             raise ValueError(
                 "`text_config` given as a dict must name its backbone in `model_type` (for example 'llama'), got keys "
                 f"{sorted(text_config)}."
+            )
+        if backbone_type not in (None, own_type, text_config["model_type"]):
+            raise ValueError(
+                f"`text_config` must be the backbone's alone, got a part of a '{backbone_type}' config. A checkpoint of "
+                "Kimi K3 is converted first: `attnres-convert SOURCE OUT`."
             )
         backbone_type = text_config["model_type"]
     elif isinstance(text_config, PreTrainedConfig):
@@ -161,15 +167,28 @@ def backbone_of(text_config: Any, backbone_type: str | None, own_type: str) -> t
 
 
 def backbone_fields(text_config: PreTrainedConfig | dict | None, given: dict[str, Any]) -> dict[str, Any]:
-    """All fields of a flat config: those of a nested `text_config`, with what is `given` beside it in their place."""
+    """All fields of a flat config: those of a nested `text_config`, with what is `given` beside it in their place.
+
+    Raises:
+        ValueError: if they are of a checkpoint whose depth attention is laid out in another project's way.
+    """
     if text_config is None:
-        return dict(given)
-    if isinstance(text_config, dict):
+        nested = {}
+    elif isinstance(text_config, dict):
         nested = dict(text_config)
     else:
         nested = text_config.to_dict()
         nested["attn_implementation"] = getattr(text_config, "_attn_implementation_internal", None)
         nested["experts_implementation"] = getattr(text_config, "_experts_implementation_internal", None)
+    for level in (nested, given):
+        if (block := level.get("attn_res_block_size")) is not None:
+            raise ValueError(
+                f"`attn_res_block_size`={block!r} counts blocks in checkpoints of Kimi K3's layout, whose depth attention "
+                "has other tensors. Convert one with `attnres-convert SOURCE OUT`; for a new model give "
+                "`sublayers_per_block` in its place, which counts two sublayers per decoder layer."
+            )
+    if text_config is None:
+        return dict(given)
     replaced = ["model_type", "transformers_version", *_FIELDS_OF_THE_FILE]
     # Two ways of giving one thing: the library would take the nested one.
     if given.get("num_labels") is not None:
@@ -206,6 +225,19 @@ def plain_architectures(architectures: list[str] | None, backbone_class: type[Pr
     return names if all(hasattr(library, name) for name in names) else None
 
 
+def module_of_made(cls: type, backbone_class: type[PreTrainedConfig]) -> str:
+    """The module that a class made for a backbone belongs to: the file that a checkpoint's `auto_map` names.
+
+    Transformers copies to a checkpoint what this file imports, and imports nothing else of it. It is the file of `cls`,
+    unless the backbone comes with a file of its own that has `cls` too, as Kimi K3 does.
+    """
+    offered = getattr(sys.modules.get(backbone_class.__module__), cls.__name__, None)
+    # By its file's name and not by identity: two checkpoints may have registered two copies of a backbone.
+    if getattr(offered, "__module__", "").rpartition(".")[-1] == cls.__module__.rpartition(".")[-1]:
+        return backbone_class.__module__
+    return cls.__module__
+
+
 def made_suffix(backbone_class: type[PreTrainedConfig]) -> str:
     """What the name of a model class that was made for a backbone has after the name of the class it was made of."""
     return f"_{backbone_class.__name__.removesuffix('Config')}"
@@ -219,6 +251,7 @@ __all__ = [
     "config_class_for",
     "keep_own_fields_apart",
     "made_suffix",
+    "module_of_made",
     "on_config_class",
     "plain_architectures",
     "public_names",

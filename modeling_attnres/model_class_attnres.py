@@ -26,7 +26,7 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from .backbone_attnres import backbone_class
 from .configuration_attnres import AttnResConfig
-from .flat_config_attnres import made_suffix
+from .flat_config_attnres import made_suffix, module_of_made
 
 
 # What the library reads off a class beside every `_supports_*`.
@@ -81,7 +81,7 @@ def _made_class(
     recorded = backbone._can_record_outputs or {}
     supported = [name for name in dir(backbone) if name.startswith("_supports_")]
     namespace: dict[str, Any] = {
-        "__module__": cls.__module__,
+        "__module__": module_of_made(cls, config_class),
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "made_of": (cls, config_class, backbone),

@@ -163,8 +163,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
         The code goes with the checkpoint, so any auto class can load it with `trust_remote_code=True`, as it can where
         the package is installed: the base model alone, or another head on top of it.
         """
-        if type(self).__module__ == __name__:  # a subclass from elsewhere brings its own file, not this one
-            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map()
+        if self.made_of[0].__module__ == __name__:  # a subclass from elsewhere brings its own file, not this one
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map(type(self))
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
@@ -460,12 +460,12 @@ def _register(config_class: type[AttnResConfig]):
 
 
 on_config_class(_register)
-register_peft_targets()
+register_peft_targets(AttnResConfig.model_type)
 
 
-def auto_map() -> dict[str, str]:
-    """The classes in `AUTO_CLASSES`, as the `auto_map` of a checkpoint that carries this file names them."""
-    module = __name__.rpartition(".")[-1]
+def auto_map(model_class: type[AttnResPreTrainedModel]) -> dict[str, str]:
+    """The classes in `AUTO_CLASSES`, as the `auto_map` of a checkpoint names them that carries the file of `model_class`."""
+    module = model_class.__module__.rpartition(".")[-1]
     return {auto.__name__: f"{module}.{model.__name__}" for auto, model in AUTO_CLASSES.items()}
 
 

@@ -17,9 +17,6 @@ PEFT looks its default target modules up by `model_type`, one table per method. 
 when the model's code is imported, from the package or from a checkpoint.
 """
 
-from .configuration_attnres import AttnResConfig
-
-
 try:
     from peft import LoraConfig
     from peft.utils import constants
@@ -37,8 +34,8 @@ _COUNTERPARTS = {
 }
 
 
-def register_peft_targets():
-    """Enters `attnres` in PEFT's tables of default target modules; without PEFT it does nothing.
+def register_peft_targets(model_type: str):
+    """Enters a model type in PEFT's tables of default target modules; without PEFT it does nothing.
 
     The targets are those of a Llama, with their counterparts in other backbones. A list may name modules that a
     backbone does not have: PEFT asks for one match. Methods that do not know Llama get no entry.
@@ -48,7 +45,7 @@ def register_peft_targets():
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "llama" in table:
             targets = [part for target in table["llama"] for part in _COUNTERPARTS.get(target, (target,))]
-            table[AttnResConfig.model_type] = list(dict.fromkeys(targets))
+            table[model_type] = list(dict.fromkeys(targets))
 
 
 def attnres_lora_config(**kwargs) -> "LoraConfig":

@@ -14,7 +14,7 @@
 """State dicts under the names of a checkpoint's files, for loading one into a model that exists already."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -43,9 +43,7 @@ def to_model_names(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor
     own = model.state_dict().keys()
     if state_dict.keys() <= own:
         return state_dict
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    renamings, converters = _conversions(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
     result, merged = {}, {}
@@ -64,6 +62,18 @@ def to_model_names(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor
         for target, value in converter.convert(name, model=model, config=model.config).items():
             result[target] = value[0] if isinstance(value, list) else value
     return result
+
+
+def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Names that `save_pretrained` writes -> the names of the parameters that they become, or become a part of."""
+    renamings, converters = _conversions(model)
+    return {name: rename_source_key(name, renamings, converters)[0] for name in names}
+
+
+def _conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    return renamings, [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
 
 
 def rename_former_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], prefix: str):

@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from modeling_attnres import AttnResConfig, KimiK3TextConfig
 from modeling_attnres.command_line import Result, ToolParser, positive_int, positive_number, run_tool
 from modeling_attnres.configuration import list_presets, load_preset
 
@@ -30,6 +31,7 @@ from .plan import (
     predict_overhead,
     summary_memory,
 )
+from .weights import count_bytes, count_kimi_k3_file, count_weights
 
 
 KEPT = tuple(reversed(CACHING))  # from nothing to everything
@@ -50,6 +52,7 @@ def build_parser() -> ToolParser:
     )
     blocks.add_argument("--num-blocks", type=positive_int, metavar="N")
     model.add_argument("--depth-weights", choices=["mean", "sum"], help="default: the preset's, or mean")
+    model.add_argument("--weights", action="store_true", help="also the preset's parameters and bytes by dtype")
     run = parser.add_argument_group("the run")
     run.add_argument("--tokens", type=positive_int, default=4096, metavar="T", help="of a micro-batch, or a prompt")
     parser.add_shared("--dtype", default="bfloat16", help="of the block summaries (default: %(default)s)")
@@ -87,7 +90,8 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: if the arguments do not describe a model, or do not go together.
     """
-    shape = _shape(arguments)
+    config = _preset(arguments)
+    shape = _shape(arguments, config)
     ranks, virtual, tokens, dtype = (
         arguments.pipeline_ranks,
         arguments.virtual_stages,
@@ -99,6 +103,8 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": asdict(shape) | {"num_sublayers": shape.num_sublayers, "num_blocks": shape.num_blocks},
         "summaries": {"whole": whole.total, "sources": whole.sources},
     }
+    if arguments.weights:
+        figures["weights"] = _weights(config, dtype)
     if arguments.tensor_parallel != 1:
         figures["summaries"]["sharded"] = summary_memory(shape, tokens, dtype, arguments.tensor_parallel).total
     if arguments.chunk is not None:
@@ -122,17 +128,22 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _shape(arguments: argparse.Namespace) -> DepthShape:
+def _preset(arguments: argparse.Namespace) -> AttnResConfig | None:
+    if arguments.preset is None:
+        return None
+    names = [name for name in list_presets() if not name.endswith("-prenorm")]
+    if arguments.preset not in names:
+        raise ValueError(f"`preset` must be one of {', '.join(names)}; got {arguments.preset!r}.")
+    wanted = ("sublayers_per_block", "num_blocks", "depth_weights")
+    overrides = {name: getattr(arguments, name) for name in wanted if getattr(arguments, name) is not None}
+    return load_preset(arguments.preset, **overrides)
+
+
+def _shape(arguments: argparse.Namespace, config: AttnResConfig | None) -> DepthShape:
     by_hand = {name: getattr(arguments, name) for name in ("num_layers", "hidden_size")}
-    if arguments.preset is not None:
+    if config is not None:
         if given := [name for name, value in by_hand.items() if value is not None]:
             raise ValueError(f"Give `preset` or the shape, not both: got preset={arguments.preset!r} and {given}.")
-        names = [name for name in list_presets() if not name.endswith("-prenorm")]
-        if arguments.preset not in names:
-            raise ValueError(f"`preset` must be one of {', '.join(names)}; got {arguments.preset!r}.")
-        wanted = ("sublayers_per_block", "num_blocks", "depth_weights")
-        overrides = {name: getattr(arguments, name) for name in wanted if getattr(arguments, name) is not None}
-        config = load_preset(arguments.preset, **overrides)
         return DepthShape(
             config.num_hidden_layers, config.hidden_size, config.sublayers_per_block, config.depth_weights
         )
@@ -145,6 +156,18 @@ def _shape(arguments: argparse.Namespace) -> DepthShape:
             raise ValueError(f"`num_blocks` must be from 1 to the {num_sublayers} sublayers, got {num_blocks}.")
         per_block = -(-num_sublayers // num_blocks)
     return DepthShape(arguments.num_layers, arguments.hidden_size, per_block, arguments.depth_weights or "mean")
+
+
+def _weights(config: AttnResConfig | None, dtype: str) -> dict[str, dict]:
+    if config is None:
+        raise ValueError("`weights` are counted on a model: give `preset`.")
+    counted = {"memory": count_weights(config, dtype)}
+    if config.backbone_type == KimiK3TextConfig.model_type:
+        counted["file"] = count_kimi_k3_file(config)
+    return {
+        where: {name: {"parameters": count, "bytes": count_bytes(name, count)} for name, count in counts.items()}
+        for where, counts in counted.items()
+    }
 
 
 def _hardware(arguments: argparse.Namespace) -> Hardware | None:
@@ -174,6 +197,13 @@ def format_figures(figures: dict[str, Any]) -> str:
     ]
     labels = {"sharded": "sharded", "chunk": "one chunk", "sharded_chunk": "sharded chunk"}
     lines += [f"  {label:<16} {_bytes(summaries[name])}" for name, label in labels.items() if name in summaries]
+    titles = {"memory": "weights", "file": "weights, as Kimi K3 stores them"}
+    for where, counts in figures.get("weights", {}).items():
+        lines += ["", titles[where]]
+        lines += [
+            f"  {name:<16} {entry['parameters']:>17,} parameters {_bytes(entry['bytes'])}"
+            for name, entry in counts.items()
+        ]
     if "pipeline" in figures:
         lines += ["", "sent per forward between pipeline stages (the backward sends as much)"]
         lines.append(f"  {'sources kept':<16} {'in all':>10} {'at most at once':>18}")

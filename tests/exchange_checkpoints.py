@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-BACKBONES = ("llama", "qwen3_moe", "kimi_linear")
+BACKBONES = ("llama", "qwen3_moe", "kimi_linear", "kimi_k3_text")
 FORMS = ("mean", "sum")
 
 

@@ -157,3 +157,16 @@ def test_a_flat_file_without_its_backbone_is_refused():
         AttnResConfig(model_type="attnres", hidden_size=32)
     with pytest.raises(ValueError, match=r"`backbone_type` must be a model type .* got 'nothing'"):
         AttnResConfig(backbone_type="nothing")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "kimi_k3", "text_config": {"model_type": "kimi_linear"}}, "got a part of a 'kimi_k3' config"),
+        ({"text_config": {"model_type": "kimi_linear", "attn_res_block_size": 12}}, "`attn_res_block_size`=12 counts"),
+        ({"model_type": "kimi_linear", "attn_res_block_size": 12}, "`attn_res_block_size`=12 counts"),
+    ],
+)
+def test_other_layouts_of_depth_attention_are_refused_with_the_command(fields, message):
+    with pytest.raises(ValueError, match=f"{message}.*`attnres-convert SOURCE OUT`"):
+        AttnResConfig(**fields)

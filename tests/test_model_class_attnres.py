@@ -64,7 +64,7 @@ def test_nobody_can_tell_any_supported_backbone_from_the_plain_model():
     assert {name: found for name in supported_backbones() if (found := differences(CONFIG_MAPPING[name]()))} == {}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "deepseek_v3", "kimi_linear", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "deepseek_v3", "kimi_linear", "kimi_k3_text", "gpt_oss"])
 def test_names_on_disk_are_the_plain_models(model_type, tmp_path):
     plain = AutoModelForCausalLM.from_config(tiny_backbone(model_type))
     plain.save_pretrained(tmp_path / "plain")

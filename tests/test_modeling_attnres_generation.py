@@ -10,7 +10,8 @@ from modeling_attnres.depth_streams_attnres import open_stream
 
 
 NEW_TOKENS = 8
-LINEAR_ATTENTION = ("qwen3_next", "kimi_linear")  # their states cannot be cropped, as assisted decoding must
+# Their states cannot be cropped, as assisted decoding must.
+LINEAR_ATTENTION = ("qwen3_next", "kimi_linear", "kimi_k3_text")
 FORMS = [(2, "mean"), (3, "sum")]
 
 
@@ -61,7 +62,7 @@ def test_chunked_prefill(model_type, chunk):
     assert torch.equal(generate(model, tiny_inputs(), prefill_chunk_size=chunk), expected)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral", "qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral", "qwen3_next", "kimi_linear", "kimi_k3_text"])
 def test_beams_find_a_likelier_continuation_with_and_without_cache(model_type):
     model = tiny_model(model_type, 3)
     options = {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True, "length_penalty": 0.0}

@@ -117,5 +117,6 @@ def test_the_installed_wheel_works_without_the_checkout(folder, wheel, metadata)
     assert {Path(found[name]) for name in FOLDERS[1:]} == {package / f"{n}/__init__.py" for n in FOLDERS[1:]}
     assert "tiny-block" in found["presets"]
     assert found["learning_rates"].count(None) == 1  # the 48B recipe publishes none
-    assert found["saved"] == sorted(path.name for path in (ROOT / "modeling_attnres").glob("*_attnres.py"))
+    code = {path.name for path in (ROOT / "modeling_attnres").glob("*_attnres.py")}
+    assert set(found["saved"]) == code - {"kimi_k3_attnres.py"}  # another backbone's
     assert found["callable"] == [True] * len(scripts)

@@ -24,6 +24,7 @@ QUERY_AND_VALUE = {
     "deepseek_v3": {"self_attn.q_b_proj", "self_attn.kv_b_proj"},
     "qwen3_next": {"linear_attn.in_proj_qkvz", "self_attn.q_proj", "self_attn.v_proj"},
     "kimi_linear": {"self_attn.q_proj", "self_attn.v_proj", "self_attn.kv_b_proj"},
+    "kimi_k3_text": {"self_attn.q_proj", "self_attn.v_proj", "self_attn.q_b_proj", "self_attn.kv_b_proj"},
 }
 DEPTH = "base_model.model.model.depth_attention"
 REPO = "user/adapter"
@@ -197,7 +198,7 @@ def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(load, folder):
     assert torch.equal(logits(load(folder)), torch.load(folder / "logits"))
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_linear", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_linear", "kimi_k3_text", "mixtral", "gpt_oss"])
 def test_round_trip_on_backbones_with_mapped_names(model_type, tmp_path):
     """Backbones whose checkpoints are renamed on loading: an adapter's names go through the same mappings."""
     tiny_model(model_type, depth_weights="sum").save_pretrained(tmp_path / "base")
@@ -209,7 +210,7 @@ def test_round_trip_on_backbones_with_mapped_names(model_type, tmp_path):
     assert torch.equal(logits(load_by_transformers(tmp_path)), expected)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mixtral", "kimi_linear"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "kimi_linear", "kimi_k3_text"])
 def test_an_adapter_of_the_prenorm_model_fits_the_converted_one(model_type, tmp_path):
     plain = AutoModelForCausalLM.from_config(tiny_backbone(model_type))
     plain.save_pretrained(tmp_path / "plain")
@@ -334,7 +335,7 @@ def test_peft_is_optional(monkeypatch):
     spec = importlib.util.spec_from_file_location("modeling_attnres.without_peft", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.register_peft_targets()
+    module.register_peft_targets("attnres")
     with pytest.raises(ImportError, match=r"needs PEFT: pip install .modeling-attnres\[train\]"):
         module.attnres_lora_config()
 

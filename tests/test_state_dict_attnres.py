@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_backbones import BACKBONES, tiny_model
 
-from modeling_attnres.state_dict_attnres import to_model_names
+from modeling_attnres.state_dict_attnres import names_in_memory, to_model_names
 
 
 @pytest.mark.parametrize("model_type", BACKBONES)
@@ -77,3 +77,20 @@ def test_a_missing_expert_is_an_error(tmp_path):
     del state_dict[name]
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_state_dict(state_dict, strict=False)
+
+
+def test_names_of_a_file_become_those_in_memory():
+    model = tiny_model("kimi_linear")
+    names = names_in_memory(
+        model,
+        [
+            "model.layers.0.self_attn.q_conv1d.weight",
+            "model.layers.1.block_sparse_moe.experts.3.w1.weight",
+            "model.depth_attention.query",
+        ],
+    )
+    assert [*names.values()] == [
+        "model.layers.0.self_attn.conv1d.weight",
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.depth_attention.query",
+    ]

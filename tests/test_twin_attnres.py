@@ -136,7 +136,9 @@ def test_a_plain_model_that_does_not_run_is_refused(trials, monkeypatch):
         AttnResForCausalLM(tiny_config("llama"))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "qwen3_next", "kimi_linear", "gpt_oss"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "deepseek_v3", "qwen3_next", "kimi_linear", "kimi_k3_text", "gpt_oss"]
+)
 def test_a_real_size_shrinks_to_a_tiny_one_of_the_same_kinds(model_type):
     config = CONFIG_MAPPING[model_type]()
     small = shrunk_config(config)

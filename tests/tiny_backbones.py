@@ -72,6 +72,24 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
     },
+    "kimi_k3_text": {
+        **_LATENT_ATTENTION,
+        **_EXPERTS,
+        "q_lora_rank": 16,
+        "mla_use_output_gate": True,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "linear_use_full_rank_gate": True,
+        "linear_gate_lower_bound": -5.0,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 2,
+        "routed_expert_hidden_size": 16,
+        "latent_moe_use_norm": True,
+        "hidden_act": "situ",
+        "activation_situ_beta": 4.0,
+        "activation_situ_linear_beta": 25.0,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    },
 }
 BACKBONES = tuple(_SPECIFIC)
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kimi_k3_tiny import released_fields
 from transformers import AutoModelForCausalLM, KimiLinearConfig, LlamaConfig
 
 import modeling_attnres.configuration.presets as presets
-from modeling_attnres import AttnResConfig, AttnResForCausalLM
+from modeling_attnres import AttnResConfig, AttnResForCausalLM, KimiK3TextConfig
 from modeling_attnres.configuration import VARIANTS, list_presets, list_recipes, load_preset, load_recipe
 
 
@@ -23,6 +24,7 @@ PAPER = {
     "scaling-law-528m": (528, 17, 17, 1264, 560, 119.0, 2.02e-3, 432, 1.719, 1.693, 1.692),
 }
 BIG = "kimi-linear-48b-a3b"
+K3 = "kimi-k3"
 SMALL = {"llama-800k": (16, 2, 64, 176), "llama-2m": (16, 3, 96, 256)}  # decoder layers, heads, width, d_ff
 
 
@@ -54,7 +56,7 @@ def readme_row(name):
 
 
 def test_every_backbone_comes_in_every_variant():
-    backbones = [*PAPER, *SMALL, BIG, "tiny"]
+    backbones = [*PAPER, *SMALL, BIG, K3, "tiny"]
     assert sorted(list_presets()) == sorted(f"{name}-{variant}" for name in backbones for variant in VARIANTS)
 
 
@@ -103,8 +105,24 @@ def test_the_large_model_has_the_librarys_kimi_linear_shape():
     assert different == {"layer_types"}  # the library's default puts MLA one layer later than the released model
 
 
+def test_kimi_k3():
+    model = build(f"{K3}-block")
+    total, activated = count_parameters(model)
+    assert readme_row(K3)[5:7] == [f"{activated / 1e9:.2f}B", f"{total / 1e12:.2f}T"]
+    config = model.config
+    assert readme_row(K3)[:5] == [str(size) for size in (93, 96, 7168, 3072, 896)]
+    full = [index + 1 for index, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    assert full == [*range(4, 93, 4), 93]
+    assert config.mlp_layer_types == ["dense"] + 92 * ["sparse"]
+
+
+def test_kimi_k3_is_the_published_config():
+    published = KimiK3TextConfig(**released_fields()).to_dict()
+    assert load_preset(f"{K3}-prenorm").to_dict() == published
+
+
 @pytest.mark.parametrize(
-    "name", [f"{backbone}-{variant}" for backbone in [*PAPER, BIG] for variant in ("full", "block")]
+    "name", [f"{backbone}-{variant}" for backbone in [*PAPER, BIG, K3] for variant in ("full", "block")]
 )
 def test_depth_attention_adds_two_vectors_a_mix(name):
     plain, depth = build(name.rsplit("-", 1)[0] + "-prenorm"), build(name)
@@ -112,12 +130,14 @@ def test_depth_attention_adds_two_vectors_a_mix(name):
     assert count_parameters(depth)[0] - count_parameters(plain)[0] == 2 * config.num_sublayers * config.hidden_size
 
 
-@pytest.mark.parametrize("backbone", [*PAPER, BIG])
+@pytest.mark.parametrize("backbone", [*PAPER, BIG, K3])
 def test_block_sizes(backbone):
     full, block = load_preset(f"{backbone}-full"), load_preset(f"{backbone}-block")
     assert full.sublayers_per_block == 1
     if backbone == BIG:
         assert (block.num_sublayers, block.sublayers_per_block, block.num_blocks) == (54, 6, 9)
+    elif backbone == K3:
+        assert (block.num_sublayers, block.sublayers_per_block, block.num_blocks) == (186, 24, 8)
     else:
         assert block.sublayers_per_block == math.ceil(block.num_sublayers / 8)
     assert readme_row(backbone)[7] == f"S = {block.sublayers_per_block}, {block.num_blocks} blocks"

@@ -51,7 +51,7 @@ def test_there_and_back(tmp_path, llama, capsys):
     assert main([paths["fla"], paths["again"], "--dialect", "fla"]) == 0
     printed = capsys.readouterr().out
     assert "mean (attnres, llama) -> fla (fla)" in printed
-    assert "left out    model.layers.0.attn_res_norm.weight, model.layers.0.attn_res_proj.weight" in printed
+    assert "set aside   model.layers.0.attn_res_norm.weight, model.layers.0.attn_res_proj.weight" in printed
 
 
 def test_errors_are_one_message_and_no_traceback(tmp_path, capsys):

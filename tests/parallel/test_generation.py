@@ -12,6 +12,7 @@ CASES = [
     Case(1, "mean", 2, num_layers=5),
     Case(2, "mean", 2, num_layers=4, caching="none", model_type="mistral"),  # sliding windows
     Case(3, "mean", 1, num_layers=4, model_type="kimi_linear"),  # states instead of keys and values
+    Case(4, "mean", 1, num_layers=4, model_type="kimi_k3_text"),
 ]
 
 

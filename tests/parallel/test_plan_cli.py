@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_attnres import AttnResForCausalLM
+from modeling_attnres.configuration import load_preset
 from modeling_attnres.parallel.cli import main
 from modeling_attnres.parallel.plan import DepthShape, pipeline_transitions, summary_memory
 
@@ -58,6 +60,14 @@ def test_overrides_of_a_preset(capsys):
     assert found["summaries"]["chunk"] == found["summaries"]["whole"] / 8
 
 
+def test_weights(capsys):
+    found = figures(capsys, "--preset", "tiny-block", "--weights", "--dtype", "float32")
+    (dtype,) = found["weights"]["memory"]
+    assert dtype == "float32"
+    total = sum(parameter.numel() for parameter in AttnResForCausalLM(load_preset("tiny-block")).parameters())
+    assert found["weights"] == {"memory": {"float32": {"parameters": total, "bytes": 4 * total}}}
+
+
 def test_text(capsys):
     main(
         [
@@ -83,7 +93,8 @@ def test_text(capsys):
     ("arguments", "message"),
     [
         ([], "Give `preset`, or the shape: `num_layers`, `hidden_size` missing."),
-        (["--preset", "tiny-prenorm"], "`preset` must be one of kimi-linear-48b-a3b-full"),
+        (["--preset", "tiny-prenorm"], "`preset` must be one of kimi-k3-full"),
+        (["--num-layers", "4", "--hidden-size", "8", "--weights"], "`weights` are counted on a model: give `preset`."),
         (["--preset", "tiny-block", "--num-layers", "4"], "Give `preset` or the shape, not both"),
         (["--num-layers", "4", "--hidden-size", "8", "--num-blocks", "9"], "`num_blocks` must be from 1 to the 8"),
         (["--preset", "tiny-block", "--num-blocks", "9"], "from 1 to the 8 sublayers"),
@@ -124,5 +135,5 @@ def test_documented_commands_print_what_is_documented(capsys, arguments, output)
     assert capsys.readouterr().out.strip() == output.strip()
 
 
-def test_five_commands_are_documented():
-    assert len(DOCUMENTED) == DOCS.count("\nattnres-plan ") == 5
+def test_six_commands_are_documented():
+    assert len(DOCUMENTED) == DOCS.count("\nattnres-plan ") == 6

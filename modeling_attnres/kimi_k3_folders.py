@@ -1,0 +1,40 @@
+# Copyright 2026 The modeling-attnres maintainers.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Folders in Kimi K3's own layout are converted before they are loaded: whoever loads one is told the command."""
+
+from typing import NoReturn
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+class KimiK3Config(PreTrainedConfig):
+    """The multimodal config of a released folder, whose depth attention lies in tensors that only a conversion reads.
+
+    Raises:
+        ValueError: always, with the command that converts the folder.
+    """
+
+    model_type = "kimi_k3"
+
+    def __post_init__(self, **kwargs) -> NoReturn:
+        raise ValueError(
+            "A 'kimi_k3' checkpoint in its own layout is converted before it is loaded: `attnres-convert SOURCE OUT`, "
+            "then load OUT."
+        )
+
+
+def refuse_kimi_k3_folders():
+    """Has the auto classes answer to `kimi_k3`, unless the installed Transformers knows it."""
+    if KimiK3Config.model_type not in CONFIG_MAPPING:
+        AutoConfig.register(KimiK3Config.model_type, KimiK3Config)
