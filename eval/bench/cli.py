@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from .launches import launch_rows
 from .models import DTYPES, PRESETS, VARIANTS, Lineup, build_lineup, check_equality
 from .plots import plot_sweep
 from .published import GROUPS, SHAPE
@@ -27,7 +28,7 @@ from .report import count_rows, environment, format_table, timing_rows, write_cs
 from .timing import time_compiled, time_decode, time_prefill, time_training
 
 
-DEFAULT_ROUNDS = {"prefill": 9, "decode": 150, "train": 9, "compiled": 15, "counts": 1}
+DEFAULT_ROUNDS = {"prefill": 9, "decode": 150, "train": 9, "compiled": 15, "counts": 1, "launches": 1}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,14 +92,19 @@ def run_published(arguments: argparse.Namespace):
 
 def run_case(arguments: argparse.Namespace):
     """Measures one shape, dtype, batch and length in the chosen modes."""
-    lineup = build_lineup(PRESETS[arguments.preset], arguments.variants, DTYPES[arguments.dtype], seed=arguments.seed)
-    errors = check_equality(lineup)
-    print("equality gate passed:", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
-
-    results: dict = {"environment": environment(arguments.threads), "equality": errors}
+    shape, dtype = PRESETS[arguments.preset], DTYPES[arguments.dtype]
+    results: dict = {"environment": environment(arguments.threads)}
+    lineup = None
+    if set(arguments.mode) != {"launches"}:  # these are counted without weights
+        lineup = build_lineup(shape, arguments.variants, dtype, seed=arguments.seed)
+        results["equality"] = errors = check_equality(lineup)
+        print("equality gate passed:", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     name = f"{arguments.preset} {arguments.dtype} b{arguments.batch} t{arguments.tokens}"
     for mode in arguments.mode:
-        rows = _run_mode(mode, lineup, arguments, name)
+        if mode == "launches":
+            rows = launch_rows(shape, arguments.variants, arguments.batch, arguments.tokens, dtype)
+        else:
+            rows = _run_mode(mode, lineup, arguments, name)
         print(format_table(rows), end="\n\n", flush=True)
         results[mode] = rows
         if arguments.output is not None:

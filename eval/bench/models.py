@@ -62,6 +62,7 @@ class Shape:
 
 
 PRESETS = {
+    "8B": Shape(4096, 32, 32, 8, 14336, 128256, sublayers_per_block=8),
     "135M": Shape(576, 30, 9, 3, 1536, 49152, sublayers_per_block=8),
     "1024": Shape(1024, 16, 16, 8, 2816, 32000, sublayers_per_block=4),
     "tiny": Shape(64, 4, 4, 2, 128, 256, sublayers_per_block=4),
