@@ -13,9 +13,9 @@
 # limitations under the License.
 """What a GPU would be asked to do, counted without one: kernel launches, bytes, and an estimate of the time.
 
-A model runs on fake tensors, which have a shape, a dtype and a device but no data. The device is `meta`: a build of
-PyTorch without CUDA has no autograd, not even slices, for fake tensors on `cuda`. Code under test that treats
-processors differently must ask for `cpu`, so that `meta` is counted as any accelerator is.
+A model runs on the device `meta`, whose tensors have a shape and a dtype but no data. (Fake tensors on `cuda` would need
+PyTorch's CUDA library, for backward and even for slices.) Code under test that treats processors differently must ask
+for `cpu`, so that `meta` is counted as any accelerator is.
 
 Attention is a stub of one launch, in the base and in the variants, and logits are computed for one token.
 
@@ -30,11 +30,10 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from modeling_attnres import AttnResConfig, BlockSummaries
 
@@ -75,8 +74,7 @@ def _attention_forward(module, query, key, value, attention_mask, **kwargs) -> t
     return _attention(query, key, value), None
 
 
-AttentionInterface.register(STUB, _attention_forward)
-AttentionMaskInterface.register(STUB, lambda *args, **kwargs: None)
+AttentionInterface.register(STUB, _attention_forward)  # for which the library then makes no mask
 
 
 # --- The counter -----------------------------------------------------------------------------------------------------
@@ -218,7 +216,6 @@ class Case:
     Attributes:
         mode: `"prefill"`, `"decode"` (one token per sequence), `"train"`, or `"checkpoint"` (training under gradient
             checkpointing).
-        device: the fake device: `"meta"` for what an accelerator does, `"cpu"` for what a processor does.
     """
 
     shape: Shape
@@ -226,7 +223,6 @@ class Case:
     batch: int = 4
     tokens: int = 4096
     dtype: torch.dtype = torch.bfloat16
-    device: str = "meta"
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -257,44 +253,27 @@ def _model_without_data(case: Case, variant: str) -> nn.Module:
     return model
 
 
-def _make_fake(model: nn.Module, device: str):
-    """Puts fake tensors, to be used in the current FakeTensorMode alone, in the place of parameters and buffers."""
-    for module in model.modules():  # `to_empty` would swap tensors, which fake ones refuse
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(_empty_like(parameter, device)))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, _empty_like(buffer, device))
-
-
-def _empty_like(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-
-
 @functools.cache
 def count(case: Case, variant: str) -> tuple[Cost, Cost]:
     """Counts the forward and the backward (empty where there is none) of `"base"` or one of `VARIANTS`; remembers them."""
-    model = _model_without_data(case, variant)  # outside the mode: it computes to find out about the backbone
+    model = _model_without_data(case, variant)
+    arguments = {
+        "input_ids": torch.empty(case.batch, case.tokens_at_once // case.batch, dtype=torch.long, device="meta"),
+        "use_cache": False,
+        "logits_to_keep": 1,
+    }
+    if case.mode in ("train", "checkpoint"):
+        return _count_training(model, arguments, checkpoint=case.mode == "checkpoint")
+    if VARIANTS.get(variant, ("base",))[0] == "attnres":
+        arguments["block_summaries"] = BlockSummaries()
+    model.eval()
     # torch raises when it is asked whether `meta`, which cannot have autocast, has it now.
     no_autocast = mock.patch.object(torch, "is_autocast_enabled", return_value=False)
-    with FakeTensorMode(allow_non_fake_inputs=True), no_autocast:
-        _make_fake(model, case.device)
-        arguments = {
-            "input_ids": torch.empty(
-                case.batch, case.tokens_at_once // case.batch, dtype=torch.long, device=case.device
-            ),
-            "use_cache": False,
-            "logits_to_keep": 1,
-        }
-        if case.mode in ("train", "checkpoint"):
-            return _count_training(model, arguments, checkpoint=case.mode == "checkpoint")
-        if VARIANTS.get(variant, ("base",))[0] == "attnres":
-            arguments["block_summaries"] = BlockSummaries()
-        model.eval()
-        with torch.no_grad():
-            if case.mode == "decode":
-                model(**arguments)  # the step before, which allocates
-            with LaunchCounter() as counter:
-                model(**arguments)
+    with torch.no_grad(), no_autocast:
+        if case.mode == "decode":
+            model(**arguments)  # the step before, which allocates
+        with LaunchCounter() as counter:
+            model(**arguments)
     return counter.cost, Cost()
 
 
