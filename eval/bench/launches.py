@@ -22,6 +22,7 @@ Attention is a stub of one launch, in the base and in the variants, and logits a
 Letters: B batch, T tokens, M = B * T, D hidden size, L sublayers.
 """
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator
@@ -229,13 +230,17 @@ class Case:
             raise ValueError(f"`mode` must be one of {MODES}, got {self.mode!r}.")
 
     @property
+    def trains(self) -> bool:
+        return self.mode in ("train", "checkpoint")
+
+    @property
     def tokens_at_once(self) -> int:
         """M, the tokens of one forward."""
         return self.batch * (1 if self.mode == "decode" else self.tokens)
 
 
-def _model_without_data(case: Case, variant: str) -> nn.Module:
-    """`"base"` or one of `VARIANTS`, its parameters on `meta`."""
+def model_without_data(case: Case, variant: str) -> nn.Module:
+    """`"base"` or one of `VARIANTS` on `meta`, set up for the case's mode."""
     implementation, sublayers_per_block, depth_weights = VARIANTS.get(variant, ("base", None, "mean"))
     sublayers_per_block = sublayers_per_block or case.shape.sublayers_per_block
     config = case.shape.text_config()
@@ -250,41 +255,41 @@ def _model_without_data(case: Case, variant: str) -> nn.Module:
             query, key_norm = (nn.Parameter(torch.empty(size, dtype=case.dtype)) for _ in range(2))
             arguments = (config.rms_norm_eps, sublayers_per_block, depth_weights == "sum")
             model = Figure2ForCausalLM(model, query, key_norm, *arguments)
-    return model
+    if case.mode == "checkpoint":
+        model.gradient_checkpointing_enable()
+    return model.train(case.trains)
+
+
+def model_arguments(case: Case) -> dict:
+    """What the model is called with."""
+    input_ids = torch.empty(case.batch, case.tokens_at_once // case.batch, dtype=torch.long, device="meta")
+    return {"input_ids": input_ids, "use_cache": False, "logits_to_keep": 1}
+
+
+def no_autocast() -> contextlib.AbstractContextManager:
+    """torch raises when it is asked whether `meta`, which cannot have autocast, has it now: the answer is no."""
+    return mock.patch.object(torch, "is_autocast_enabled", _never)
+
+
+def _never(device_type: str | None = None) -> bool:
+    return False
 
 
 @functools.cache
 def count(case: Case, variant: str) -> tuple[Cost, Cost]:
     """Counts the forward and the backward (empty where there is none) of `"base"` or one of `VARIANTS`; remembers them."""
-    model = _model_without_data(case, variant)
-    arguments = {
-        "input_ids": torch.empty(case.batch, case.tokens_at_once // case.batch, dtype=torch.long, device="meta"),
-        "use_cache": False,
-        "logits_to_keep": 1,
-    }
-    if case.mode in ("train", "checkpoint"):
-        return _count_training(model, arguments, checkpoint=case.mode == "checkpoint")
-    if VARIANTS.get(variant, ("base",))[0] == "attnres":
-        arguments["block_summaries"] = BlockSummaries()
-    model.eval()
-    # torch raises when it is asked whether `meta`, which cannot have autocast, has it now.
-    no_autocast = mock.patch.object(torch, "is_autocast_enabled", return_value=False)
-    with torch.no_grad(), no_autocast:
+    model, arguments = model_without_data(case, variant), model_arguments(case)
+    backward = LaunchCounter()
+    with no_autocast(), torch.set_grad_enabled(case.trains):
         if case.mode == "decode":
+            if VARIANTS.get(variant, ("base",))[0] == "attnres":
+                arguments["block_summaries"] = BlockSummaries()
             model(**arguments)  # the step before, which allocates
-        with LaunchCounter() as counter:
-            model(**arguments)
-    return counter.cost, Cost()
-
-
-def _count_training(model: nn.Module, arguments: dict, checkpoint: bool) -> tuple[Cost, Cost]:
-    model.train()
-    if checkpoint:
-        model.gradient_checkpointing_enable()
-    with LaunchCounter() as forward:
-        loss = model(**arguments).logits.float().sum()
-    with LaunchCounter() as backward:
-        loss.backward()
+        with LaunchCounter() as forward:
+            logits = model(**arguments).logits
+        if case.trains:
+            with backward:
+                logits.backward(torch.empty_like(logits))
     return forward.cost, backward.cost
 
 
