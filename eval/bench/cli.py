@@ -14,17 +14,20 @@
 """`attnres-bench`: the cost of attention over depth beside the PreNorm base and the paper's Figure 2."""
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+from .clocks import clock_for
+from .gpu_day import Day, run_day
 from .launches import launch_rows
 from .models import DTYPES, PRESETS, VARIANTS, Lineup, build_lineup, check_equality
 from .plots import plot_sweep
 from .published import GROUPS, SHAPE
-from .report import count_rows, environment, format_table, timing_rows, write_csv, write_json
+from .report import add_traffic, count_rows, environment, format_table, timing_rows, write_csv, write_json
 from .timing import time_compiled, time_decode, time_prefill, time_training
 
 
@@ -37,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=list(DEFAULT_ROUNDS), nargs="+", default=["prefill"])
     parser.add_argument("--variants", choices=list(VARIANTS), nargs="+", default=["figure2", "block", "block-sum"])
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models are timed")
     parser.add_argument("--batch", type=_positive, default=1)
     parser.add_argument("--tokens", type=_positive, default=512, help="prompt, sequence or KV cache length")
     parser.add_argument("--rounds", type=_positive, default=None, help=f"default by mode: {DEFAULT_ROUNDS}")
@@ -50,6 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="GROUP",
         help=f"measure the published set, or groups of it ({', '.join(GROUPS)}), beside its bars; other options but "
         "--threads and --output are then its own",
+    )
+    parser.add_argument(
+        "--gpu-day",
+        action="store_true",
+        help="all that only a GPU can answer, in less than twenty minutes; writes gpu-day.json and gpu-day.md to "
+        "--output, and fails at the first inexact result",
     )
     parser.add_argument("--output", type=Path, default=None, help="folder for JSON, CSV and plots")
     return parser
@@ -66,7 +76,29 @@ def main(argv: list[str] | None = None):
     arguments = build_parser().parse_args(argv)
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
+    _check(arguments)
+    if arguments.gpu_day:
+        day = Day(torch.device("cuda"), clock_for("cuda"))
+        raise SystemExit(run_day(day, arguments.output))
     run_published(arguments) if arguments.published is not None else run_case(arguments)
+
+
+def _check(arguments: argparse.Namespace):
+    """Leaves with one sentence and status 2 if what is asked for cannot be done."""
+    on_gpu = arguments.gpu_day or arguments.device == "cuda"
+    off_gpu = sorted({"counts", "launches"} & set(arguments.mode))
+    if on_gpu and not torch.cuda.is_available():
+        problem = "`--device cuda` and `--gpu-day` need a CUDA device, and PyTorch finds none."
+    elif arguments.gpu_day and arguments.output is None:
+        problem = "`--gpu-day` needs `--output`, a folder for what it finds."
+    elif arguments.device == "cuda" and arguments.published is not None:
+        problem = "`--published` is measured on the processor: leave out `--device cuda`."
+    elif arguments.device == "cuda" and off_gpu:
+        problem = f"`--mode {off_gpu[0]}` is counted on the processor: leave out `--device cuda`."
+    else:
+        return
+    print(problem, file=sys.stderr)
+    raise SystemExit(2)
 
 
 def run_published(arguments: argparse.Namespace):
@@ -93,10 +125,10 @@ def run_published(arguments: argparse.Namespace):
 def run_case(arguments: argparse.Namespace):
     """Measures one shape, dtype, batch and length in the chosen modes."""
     shape, dtype = PRESETS[arguments.preset], DTYPES[arguments.dtype]
-    results: dict = {"environment": environment(arguments.threads)}
+    results: dict = {"environment": environment(arguments.threads, arguments.device)}
     lineup = None
     if set(arguments.mode) != {"launches"}:  # these are counted without weights
-        lineup = build_lineup(shape, arguments.variants, dtype, seed=arguments.seed)
+        lineup = build_lineup(shape, arguments.variants, dtype, seed=arguments.seed, device=arguments.device)
         results["equality"] = errors = check_equality(lineup)
         print("equality gate passed:", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     name = f"{arguments.preset} {arguments.dtype} b{arguments.batch} t{arguments.tokens}"
@@ -117,11 +149,18 @@ def _run_mode(mode: str, lineup: Lineup, arguments: argparse.Namespace, name: st
     rounds = arguments.rounds or DEFAULT_ROUNDS[mode]
     if mode == "counts":
         return count_rows(lineup, tokens, batch)
+    label = clock_for(arguments.device).label
     if mode == "compiled":
         prefill, decode = time_compiled(lineup, batch, tokens, rounds, name)
-        return [*timing_rows(f"compiled prefill {name}", prefill), *timing_rows(f"compiled decode {name}", decode)]
+        return [
+            *timing_rows(f"compiled prefill {name}", prefill, label),
+            *timing_rows(f"compiled decode {name}", decode, label),
+        ]
     timer = {"prefill": time_prefill, "decode": time_decode, "train": time_training}[mode]
-    return timing_rows(f"{mode} {name}", timer(lineup, batch, tokens, rounds, description=f"{mode} {name}"))
+    rows = timing_rows(f"{mode} {name}", timer(lineup, batch, tokens, rounds, description=f"{mode} {name}"), label)
+    if arguments.device == "cuda" and mode != "decode":
+        add_traffic(rows, lineup, mode, batch, tokens)
+    return rows
 
 
 if __name__ == "__main__":
