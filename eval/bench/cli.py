@@ -23,11 +23,12 @@ from transformers.utils import logging
 
 from .clocks import clock_for
 from .gpu_day import Day, run_day
+from .launch_tables import launches_markdown
 from .launches import launch_rows
 from .models import DTYPES, PRESETS, VARIANTS, Lineup, build_lineup, check_equality
 from .plots import plot_sweep
 from .published import GROUPS, SHAPE
-from .report import add_traffic, count_rows, environment, format_table, timing_rows, write_csv, write_json
+from .report import add_traffic, count_rows, environment, format_table, timing_rows, write_csv, write_json, write_text
 from .timing import time_compiled, time_decode, time_prefill, time_training
 
 
@@ -117,6 +118,8 @@ def run_published(arguments: argparse.Namespace):
         write_csv(arguments.output / "published.csv", rows)
         content = {"environment": environment(arguments.threads), "rows": rows, "seconds": seconds}
         write_json(arguments.output / "published.json", content)
+        if group == "launches":
+            write_text(arguments.output / "launches.md", launches_markdown())
         if group == "mixer":
             plot_sweep(timings, arguments.output / "mixer.png", SHAPE.num_sublayers, SHAPE.sublayers_per_block)
     print(format_table(rows))

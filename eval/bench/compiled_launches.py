@@ -45,6 +45,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _triton
+from torch.utils._pytree import tree_map
 
 from .launches import Case, model_arguments, model_without_data, no_autocast
 
@@ -157,21 +158,20 @@ class Kernels:
 def generated_code(graph: fx.GraphModule, inputs: list, is_inference: bool) -> str:
     """The code that Inductor writes for a graph that was traced on `meta`, as if it were on an H100."""
     fake_mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
-    device = torch.device("cuda:0")
     graph = copy.deepcopy(graph)
     with V.set_fake_mode(fake_mode), inductor_config.patch({"triton.autotune_at_compile_time": False}):
-        post_grad_passes(graph, is_inference)  # on `meta`: these run some operations, which fake `cuda` refuses
+        # On `meta`: these run operations, which fake `cuda` refuses.
+        post_grad_passes(graph, is_inference)
+        FakeTensorProp(graph, mode=fake_mode).propagate_dont_convert_inputs(*inputs)
+        move = functools.partial(_on, torch.device("cuda:0"), fake_mode)
         for node in graph.graph.nodes:
-            node.args, node.kwargs = (
-                fx.node.map_aggregate(part, lambda value: device if isinstance(value, torch.device) else value)
-                for part in (node.args, node.kwargs)
-            )
-        inputs = [_on(device, value, fake_mode) for value in inputs]
+            node.args, node.kwargs = (fx.node.map_aggregate(part, move) for part in (node.args, node.kwargs))
+            node.meta["val"] = tree_map(move, node.meta.get("val"))
         for name, value in [*vars(graph).items(), *graph.named_buffers()]:
             if isinstance(value, torch.Tensor):
-                setattr(graph, name, _on(device, value, fake_mode))
+                setattr(graph, name, move(value))
+        inputs = [move(value) for value in inputs]
         with pretended_h100():
-            FakeTensorProp(graph, mode=fake_mode).propagate_dont_convert_inputs(*inputs)
             lowering = GraphLowering(
                 graph, example_inputs=inputs, shape_env=fake_mode.shape_env, is_inference=is_inference
             )
@@ -181,11 +181,12 @@ def generated_code(graph: fx.GraphModule, inputs: list, is_inference: bool) -> s
     return code.value
 
 
-def _on(device: torch.device, value, fake_mode):
-    if not isinstance(value, torch.Tensor):
-        return value
-    with fake_mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+def _on(device: torch.device, fake_mode, value):
+    """`value`, or if it is a tensor or a device, what takes its place on `device`."""
+    if isinstance(value, torch.Tensor):
+        with fake_mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    return device if isinstance(value, torch.device) else value
 
 
 def count_calls(code: str) -> int:
@@ -201,7 +202,9 @@ def _backend(calls: dict[str, int]) -> Callable:
         return make_boxed_func(graph.forward)
 
     def partition(graph: fx.GraphModule, inputs, **kwargs):
-        joint_graph_passes(graph)
+        # Folding takes what a graph on `meta` returns to be of no value, and leaves nothing of it.
+        with inductor_config.patch({"joint_graph_constant_folding": False}):
+            joint_graph_passes(graph)
         return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **kwargs)
 
     return aot_autograd(
