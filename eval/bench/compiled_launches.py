@@ -13,15 +13,14 @@
 # limitations under the License.
 """Kernels of compiled code for an H100, counted on a machine without one.
 
-`torch.compile` traces a model on `meta` and derives its backward. Each graph is then moved to a fake `cuda` device and
-lowered by Inductor, which is made to believe in an H100; the calls in the code that it writes are counted, and nothing is
-compiled further or run. Triton must be installed, the version that belongs to PyTorch.
+`torch.compile` traces a model on `meta` and derives its backward. Each graph is then moved to a fake `cuda` device, and
+Inductor, which is told of an H100, writes code for it. The calls in that code are counted; it is never run. Triton must be
+installed, in the version that belongs to PyTorch, and the internals used here are those of PyTorch 2.13.
 """
 
 import contextlib
 import copy
 import functools
-import importlib.util
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -52,13 +51,6 @@ from .launches import Case, model_arguments, model_without_data, no_autocast
 
 CALL_OF_TRITON = re.compile(r"^ +\w+\.run\(", re.MULTILINE)
 CALL_OF_LIBRARY = re.compile(r"^ +(?:\w+ = )?(?:extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", re.MULTILINE)
-
-
-def missing() -> str | None:
-    """Why compiled code cannot be counted here, or `None`."""
-    return (
-        None if importlib.util.find_spec("triton") else "Triton is not installed (pip install --no-deps triton==3.7.1)"
-    )
 
 
 # --- The pretended device --------------------------------------------------------------------------------------------
@@ -160,7 +152,7 @@ def generated_code(graph: fx.GraphModule, inputs: list, is_inference: bool) -> s
     fake_mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
     graph = copy.deepcopy(graph)
     with V.set_fake_mode(fake_mode), inductor_config.patch({"triton.autotune_at_compile_time": False}):
-        # On `meta`: these run operations, which fake `cuda` refuses.
+        # These two run operations, and fake `cuda` refuses some: they come before the move.
         post_grad_passes(graph, is_inference)
         FakeTensorProp(graph, mode=fake_mode).propagate_dont_convert_inputs(*inputs)
         move = functools.partial(_on, torch.device("cuda:0"), fake_mode)
@@ -202,7 +194,7 @@ def _backend(calls: dict[str, int]) -> Callable:
         return make_boxed_func(graph.forward)
 
     def partition(graph: fx.GraphModule, inputs, **kwargs):
-        # Folding takes what a graph on `meta` returns to be of no value, and leaves nothing of it.
+        # This pass replaces whatever a graph returns on `meta` by empty tensors, and so removes the whole graph.
         with inductor_config.patch({"joint_graph_constant_folding": False}):
             joint_graph_passes(graph)
         return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **kwargs)

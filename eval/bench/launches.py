@@ -13,9 +13,9 @@
 # limitations under the License.
 """What a GPU would be asked to do, counted without one: kernel launches, bytes, and an estimate of the time.
 
-A model runs on the device `meta`, whose tensors have a shape and a dtype but no data. (Fake tensors on `cuda` would need
-PyTorch's CUDA library, for backward and even for slices.) Code under test that treats processors differently must ask
-for `cpu`, so that `meta` is counted as any accelerator is.
+A model runs on the device `meta`, whose tensors have a shape and a dtype but no data. Fake tensors on `cuda` would be
+closer, but slicing them and differentiating through them needs a PyTorch that was built with CUDA. So code that treats a
+processor differently must ask for `cpu`: everything else, `meta` included, then counts as an accelerator.
 
 Attention is a stub of one launch, in the base and in the variants, and logits are computed for one token.
 
@@ -102,7 +102,7 @@ LAUNCHES = {
     "select_backward": 2,
     "slice_backward": 2,
 }
-# They write their first argument, or take no more than the shape of it.
+# They overwrite their first argument, or use its shape only.
 READ_NO_INPUT = {
     "copy_",
     "fill_",
@@ -146,14 +146,13 @@ class Cost:
     """What was counted, by the name of the operation.
 
     Attributes:
-        launches, calls: kernels, and operations that launch at least one.
+        launches: kernels.
         bytes: read and written, each input and output once.
         seconds: the estimate of [`Accelerator`].
         syncs: operations for which the host waits.
     """
 
     launches: Counter = field(default_factory=Counter)
-    calls: Counter = field(default_factory=Counter)
     bytes: Counter = field(default_factory=Counter)
     seconds: Counter = field(default_factory=Counter)
     syncs: Counter = field(default_factory=Counter)
@@ -186,7 +185,6 @@ class LaunchCounter(TorchDispatchMode):
         flops = formula(*args, **kwargs, out_val=result) if formula else 0
         dtype = next((tensor.dtype for tensor in _tensors(args)), None)
         self.cost.launches[name] += launches
-        self.cost.calls[name] += 1
         self.cost.bytes[name] += num_bytes
         self.cost.seconds[name] += self.accelerator.seconds(launches, num_bytes, flops, dtype)
 
@@ -349,9 +347,9 @@ def overhead(case: Case, variant: str) -> Overhead:
 
 
 def launch_rows(shape: Shape, variants: list[str], batch: int, tokens: int, dtype: torch.dtype) -> list[dict]:
-    """One row per mode and variant; a decoded token is one of one sequence."""
+    """One row per mode and variant; decoding is counted for one sequence."""
     cases = [Case(shape, mode, 1 if mode == "decode" else batch, tokens, dtype) for mode in MODES]
-    # Checkpointing is a model's own affair, which Figure 2 around a stock model has none of.
+    # Figure 2 runs the stock layers itself, without checkpointing.
     pairs = [
         (case, name)
         for case in cases

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .compiled_launches import extra_kernels, missing
 from .counting import chunked_summaries_bytes, operations_per_sublayer, saved_for_backward
-from .launch_tables import case_of
+from .launch_tables import case_of, why_not_compiled
 from .launches import overhead
 from .models import DTYPES, PRESETS, Lineup, Shape, build_lineup, check_equality
 from .timing import (
@@ -240,8 +239,8 @@ def _launches() -> tuple[list[Figure], dict]:
         launch_figure("GPU checkpointing, Full", "checkpoint", "ratio", "full"),
         launch_figure("GPU decode, launches", "decode", "forward"),
     ]
-    if reason := missing():
-        print(f"Compiled kernels are not counted: {reason}.")
+    if reason := why_not_compiled():
+        print(reason)
         return figures, {}
     return figures + [compiled_figure(name) for name in COMPILED], {}
 
@@ -263,6 +262,8 @@ COMPILED = {
 
 def compiled_figure(name: str) -> Figure:
     """Kernels of compiled code, one of `COMPILED`."""
+    from .compiled_launches import extra_kernels  # only here: it needs internals of the compiler
+
     mode, part = COMPILED[name]
     kernels = [extra_kernels(case_of(mode), variant) for variant in ("block", "block-sum")]
     return Figure(name, *(_exactly(getattr(both, part)) for both in kernels))

@@ -52,6 +52,16 @@ def test_published_groups_are_written_as_they_are_done(monkeypatch, tmp_path, ca
     assert "decode fp32, batch 1" in capsys.readouterr().out
 
 
+def test_published_launches_write_the_tables_of_the_documentation(monkeypatch, tmp_path):
+    figure = Figure("GPU prefill, launches", Ratio(9.0, 9.0, 9.0))
+    monkeypatch.setattr(cli, "GROUPS", {"launches": lambda: ([figure], {})})
+    monkeypatch.setattr(cli, "launches_markdown", lambda: "| tables |\n")
+
+    cli.main(["--published", "launches", "--output", str(tmp_path)])
+
+    assert (tmp_path / "launches.md").read_text() == "| tables |\n"
+
+
 @pytest.mark.parametrize("option", ["--tokens", "--rounds", "--batch", "--threads"])
 def test_counts_below_one_are_refused(option, capsys):
     with pytest.raises(SystemExit):
@@ -62,7 +72,8 @@ def test_counts_below_one_are_refused(option, capsys):
 def test_launches_are_counted_without_weights(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "build_lineup", None)
 
-    cli.main(["--preset", "tiny", "--mode", "launches", "--variants", "block", "--output", str(tmp_path)])
+    options = "--mode launches --preset tiny --dtype bf16 --batch 4 --tokens 4096 --variants block"
+    cli.main([*options.split(), "--output", str(tmp_path)])
 
     rows = json.loads((tmp_path / "results.json").read_text())["launches"]
     assert [row["mode"] for row in rows] == ["prefill", "decode", "train", "checkpoint"]

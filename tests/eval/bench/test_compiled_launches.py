@@ -3,22 +3,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modeling_attnres.eval.bench import compiled_launches
 from modeling_attnres.eval.bench.compiled_launches import (
     Kernels,
     count_calls,
     count_compiled,
     extra_kernels,
-    missing,
     pretended_h100,
 )
-from modeling_attnres.eval.bench.launch_tables import case_of
+from modeling_attnres.eval.bench.launch_tables import case_of, why_not_compiled
 from modeling_attnres.eval.bench.launches import Case
 from modeling_attnres.eval.bench.models import PRESETS
 from modeling_attnres.eval.bench.published import BARS, COMPILED, compiled_figure
 
 
-needs_triton = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+needs_triton = pytest.mark.skipif(why_not_compiled() is not None, reason=str(why_not_compiled()))
 
 QUERY = "the recent source's product with its query is a matrix product, which splits what could be one kernel"
 
@@ -38,9 +36,9 @@ def call(args):
 
 
 def test_without_triton_the_reason_is_named(monkeypatch):
-    monkeypatch.setattr(compiled_launches.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
-    assert missing() == "Triton is not installed (pip install --no-deps triton==3.7.1)"
+    assert why_not_compiled().endswith("Triton is not installed (pip install --no-deps triton==3.7.1).")
 
 
 @needs_triton
