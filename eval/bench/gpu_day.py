@@ -41,7 +41,7 @@ from .timing import time_decode
 
 
 EXACT_SHAPE = replace(PRESETS["135M"], num_layers=8)
-TRAIN_SHAPE = replace(PRESETS["8B"], num_layers=12)  # as deep as what backward keeps fits beside the parameters
+TRAIN_SHAPE = replace(PRESETS["8B"], num_layers=12)  # without checkpointing, more layers would not fit
 KERNELS = "modeling_attnres.depth_kernels_attnres"
 
 
@@ -243,8 +243,8 @@ def training(day: Day) -> Iterator[dict]:
             except torch.OutOfMemoryError:
                 row["note"] = "out of memory"
             else:
-                base = base or seconds
-                row |= {"ms": 1e3 * seconds, "/ base": seconds / base, "peak GB": peak / 2**30}
+                base = seconds if name == "base" else base
+                row |= {"ms": 1e3 * seconds, "/ base": base and seconds / base, "peak GB": peak / 2**30}
             lineup.clear_gradients()
             model.eval()
             if checkpointing:
@@ -392,7 +392,7 @@ def run_day(day: Day, output: Path, steps: tuple[Step, ...] = STEPS) -> int:
                     break
         except InexactError as error:
             report.failures.append(f"Inexact: {error}")
-        except Exception as error:  # the machine is lent for the day: what else it can tell is wanted too
+        except Exception as error:  # the steps do not depend on one another
             traceback.print_exc()
             report.failures.append(f"{step.name} failed: {type(error).__name__}: {error}")
         day.clock.free()

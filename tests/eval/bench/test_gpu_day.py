@@ -169,12 +169,18 @@ def test_training_is_timed_with_and_without_checkpointing(day, monkeypatch):
 
 
 def test_a_case_that_does_not_fit_is_noted(day, monkeypatch):
+    fits = iter([False, True] * 4)
+
     def peak_bytes(action):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        if not next(fits):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2**30
 
     monkeypatch.setattr(day.clock, "peak_bytes", peak_bytes)
 
-    assert {row["note"] for row in rows_of("d", day)} == {"out of memory"}
+    rows = rows_of("d", day)
+    assert [row.get("note") for row in rows] == ["out of memory", None] * 4
+    assert {row["/ base"] for row in rows[1::2]} == {None}  # the base itself did not fit
 
 
 # --- Kernels ---------------------------------------------------------------------------------------------------------
