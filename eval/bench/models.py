@@ -62,6 +62,7 @@ class Shape:
 
 
 PRESETS = {
+    "8B": Shape(4096, 32, 32, 8, 14336, 128256, sublayers_per_block=8),
     "135M": Shape(576, 30, 9, 3, 1536, 49152, sublayers_per_block=8),
     "1024": Shape(1024, 16, 16, 8, 2816, 32000, sublayers_per_block=4),
     "tiny": Shape(64, 4, 4, 2, 128, 256, sublayers_per_block=4),
@@ -100,19 +101,29 @@ class Lineup:
     query: nn.Parameter
     key_norm: nn.Parameter
 
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
     def clear_gradients(self):
         for parameter in (*self.models["base"].parameters(), self.query, self.key_norm):
             parameter.grad = None
 
 
 def build_lineup(
-    shape: Shape, variants: list[str], dtype: torch.dtype = torch.float32, seed: int = 0, query_std: float = 0.03
+    shape: Shape,
+    variants: list[str],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    query_std: float = 0.03,
+    device: torch.device | str = "cpu",
 ) -> Lineup:
     """The stock model with random weights and the named variants around it.
 
     Args:
         variants: names out of `VARIANTS`.
         query_std: standard deviation of the queries; not zero, so that no variant has an easy case.
+        device: where all of it lies.
 
     Raises:
         ValueError: on an unknown variant.
@@ -121,10 +132,11 @@ def build_lineup(
     if unknown:
         raise ValueError(f"`variants` must be out of {list(VARIANTS)}, got {unknown}.")
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(shape.text_config(), dtype=dtype)
-    size = (shape.num_sublayers, shape.hidden_size)
-    query = nn.Parameter((torch.randn(size) * query_std).to(dtype))
-    key_norm = nn.Parameter((1 + 0.1 * torch.randn(size)).to(dtype))
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(shape.text_config(), dtype=dtype)
+        size = (shape.num_sublayers, shape.hidden_size)
+        query = nn.Parameter((torch.randn(size) * query_std).to(dtype))
+        key_norm = nn.Parameter((1 + 0.1 * torch.randn(size)).to(dtype))
     models = {"base": base, **{name: _variant(base, shape, name, query, key_norm) for name in variants}}
     for model in models.values():
         model.eval()
@@ -152,9 +164,9 @@ def _variant(base, shape: Shape, name: str, query: nn.Parameter, key_norm: nn.Pa
     return model
 
 
-def random_tokens(shape: Shape, batch: int, tokens: int) -> torch.Tensor:
+def random_tokens(shape: Shape, batch: int, tokens: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """`[B, T]` token ids, always the same."""
-    return torch.randint(shape.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(shape.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def check_equality(lineup: Lineup, tokens: int = 16) -> dict[str, float]:
@@ -175,7 +187,7 @@ def check_equality(lineup: Lineup, tokens: int = 16) -> dict[str, float]:
         EqualityGateError: naming the variant, its error and the tolerance.
     """
     shape, base = lineup.shape, lineup.models["base"]
-    input_ids = random_tokens(shape, 1, tokens)
+    input_ids = random_tokens(shape, 1, tokens, lineup.device)
     base64 = copy.deepcopy(base).double()
     errors: dict[str, float] = {}
     for name, model in lineup.models.items():

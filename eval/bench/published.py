@@ -25,6 +25,8 @@ import torch
 from modeling_attnres.command_line import DTYPES, dtype_name
 
 from .counting import chunked_summaries_bytes, operations_per_sublayer, saved_for_backward
+from .launch_tables import case_of, why_not_compiled
+from .launches import overhead
 from .models import PRESETS, Lineup, Shape, build_lineup, check_equality
 from .timing import (
     Ratio,
@@ -89,6 +91,17 @@ BARS = {
         Bar("mixer growth, N 4 to 15", 2.0, 1.7),
         Bar("mixer growth, T 512 to 2048", 4.4, 4.0),
         Bar("summaries of 32K tokens in chunks of 2K", 1 / 14, 1 / 16),
+        # Counted for a GPU, 8B in bf16, per sublayer beyond the base; hoped for is what one kernel per merge would take.
+        Bar("GPU prefill, launches", 10.0, 1.25),
+        Bar("GPU prefill, D", 7.0, 6.5),
+        Bar("GPU training, D forward and backward", 28.0, 16.1),
+        Bar("GPU checkpointing, Block", 1.11, 1.05),
+        Bar("GPU checkpointing, Full", 1.25, 1.1),
+        Bar("GPU decode, launches", 5.2, 1.0, sum_must=7.2),
+        Bar("GPU compiled prefill, kernels", 1.3, 1.06),
+        Bar("GPU compiled decode, kernels", 1.8, 1.6),
+        Bar("GPU compiled training forward, kernels", 2.0, 1.75),
+        Bar("GPU compiled training backward, kernels", 3.2, 3.06),
     )
 }
 
@@ -219,6 +232,45 @@ def _exactly(value: float) -> Ratio:
     return Ratio(value, value, value)
 
 
+def _launches() -> tuple[list[Figure], dict]:
+    figures = [
+        launch_figure("GPU prefill, launches", "prefill", "forward"),
+        launch_figure("GPU prefill, D", "prefill", "forward_d"),
+        launch_figure("GPU training, D forward and backward", "train", "both_d"),
+        launch_figure("GPU checkpointing, Block", "checkpoint", "ratio"),
+        launch_figure("GPU checkpointing, Full", "checkpoint", "ratio", "full"),
+        launch_figure("GPU decode, launches", "decode", "forward"),
+    ]
+    if reason := why_not_compiled():
+        print(reason)
+        return figures, {}
+    return figures + [compiled_figure(name) for name in COMPILED], {}
+
+
+def launch_figure(name: str, mode: str, measure: str, variant: str = "block") -> Figure:
+    """A measure of [`Overhead`] at the 8B shape."""
+    costs = [overhead(case_of(mode), form) for form in (variant, f"{variant}-sum")]
+    return Figure(name, *(_exactly(getattr(cost, measure)) for cost in costs))
+
+
+# name -> (mode, part)
+COMPILED = {
+    "GPU compiled prefill, kernels": ("prefill", "forward"),
+    "GPU compiled decode, kernels": ("decode", "forward"),
+    "GPU compiled training forward, kernels": ("train", "forward"),
+    "GPU compiled training backward, kernels": ("train", "backward"),
+}
+
+
+def compiled_figure(name: str) -> Figure:
+    """Kernels of compiled code, one of `COMPILED`."""
+    from .compiled_launches import extra_kernels  # only here: it needs internals of the compiler
+
+    mode, part = COMPILED[name]
+    kernels = [extra_kernels(case_of(mode), variant) for variant in ("block", "block-sum")]
+    return Figure(name, *(_exactly(getattr(both, part)) for both in kernels))
+
+
 def _mixer() -> tuple[list[Figure], dict]:
     raw = sweep_mixers(SHAPE, SWEEP_TOKENS, SWEEP_BLOCKS, SWEEP_SUBLAYERS)
     figures = [
@@ -266,6 +318,7 @@ def sweep_mixers(
 
 GROUPS: dict[str, Callable[[], tuple[list[Figure], dict]]] = {
     "counts": _counts,
+    "launches": _launches,
     "mixer": _mixer,
     "decode": _decode,
     "prefill": _prefill,

@@ -27,14 +27,17 @@ import transformers
 
 import modeling_attnres
 
+from .clocks import clock_for
 from .counting import operations_per_sublayer, prefill_peak_bytes, saved_for_backward, training_peak_bytes
+from .launches import LaunchCounter
 from .models import Lineup
-from .timing import Timing, ratio
+from .timing import Timing, prefill_actions, ratio, training_actions
 
 
-def environment(threads: int) -> dict[str, str | int]:
+def environment(threads: int, device: torch.device | str = "cpu") -> dict[str, str | int]:
     """What the figures depend on besides the code."""
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if torch.device(device).type == "cuda" else {}
+    return gpu | {
         "processor": _processor(),
         "processors": os.cpu_count(),
         "threads": threads,
@@ -56,10 +59,10 @@ def _processor() -> str:
     return platform.processor()
 
 
-def timing_rows(case: str, timings: dict[str, Timing]) -> list[dict]:
+def timing_rows(case: str, timings: dict[str, Timing], label: str = "cpu") -> list[dict]:
     """One row per variant: medians, and its ratios to the base and to Figure 2.
 
-    Ratios are medians over the rounds (`low` and `high` are their quartiles); `fastest` compares the fastest rounds.
+    `label` names the device's time. Ratios are medians over the rounds (`low` and `high` are their quartiles); `fastest` compares the fastest rounds.
     """
     rows = []
     for name, timing in timings.items():
@@ -69,7 +72,7 @@ def timing_rows(case: str, timings: dict[str, Timing]) -> list[dict]:
             {
                 "case": case,
                 "variant": name,
-                "cpu ms": 1e3 * timing.quartiles("cpu")[1],
+                f"{label} ms": 1e3 * timing.quartiles("cpu")[1],
                 "wall ms": 1e3 * timing.quartiles("wall")[1],
                 "/ base": to_base.median,
                 "low": to_base.low,
@@ -80,6 +83,24 @@ def timing_rows(case: str, timings: dict[str, Timing]) -> list[dict]:
             }
         )
     return rows
+
+
+def add_traffic(rows: list[dict], lineup: Lineup, mode: str, batch: int, tokens: int):
+    """Adds to [`timing_rows`] of prefill or training the peak of memory, and the bytes that operations read and write.
+
+    Adds `"peak MB"`, beyond the parameters, and `"TB/s"`, those bytes over the time in the row.
+    """
+    clock, training = clock_for(lineup.device), mode == "train"
+    actions = (training_actions if training else prefill_actions)(lineup, batch, tokens)
+    for row in rows:
+        action = actions[row["variant"]]
+        with torch.set_grad_enabled(training):
+            row["peak MB"] = clock.peak_bytes(action) / 2**20
+            lineup.clear_gradients()
+            with LaunchCounter() as counter:
+                action()
+            lineup.clear_gradients()
+        row["TB/s"] = counter.cost.bytes.total() / row[f"{clock.label} ms"] / 1e9
 
 
 def count_rows(lineup: Lineup, tokens: int, batch: int) -> list[dict]:
@@ -111,6 +132,13 @@ def format_table(rows: Sequence[dict]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def format_markdown(rows: Sequence[dict]) -> str:
+    """Rows as a Markdown table; a row may lack columns."""
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [header, ["---"] * len(header), *([_cell(row.get(name)) for name in header] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _cell(value: object) -> str:
     if value is None:
         return ""
@@ -119,7 +147,7 @@ def _cell(value: object) -> str:
 
 def write_json(path: Path, content: dict):
     """Writes `content` in one piece: the file is complete or not there."""
-    _write(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[dict]):
@@ -129,10 +157,11 @@ def write_csv(path: Path, rows: Sequence[dict]):
         writer.writeheader()
         writer.writerows(rows)
         buffer.seek(0)
-        _write(path, buffer.read())
+        write_text(path, buffer.read())
 
 
-def _write(path: Path, text: str):
+def write_text(path: Path, text: str):
+    """Writes `text` in one piece."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

@@ -20,7 +20,6 @@ import copy
 import functools
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,19 +30,25 @@ from transformers import Cache, StaticCache
 from modeling_attnres import AttnResConfig, BlockSummaries, attention_residuals
 from modeling_attnres.compat_attnres import CACHE
 
+from .clocks import clock_for
 from .figure2 import figure2_stack
 from .models import EqualityGateError, Lineup, random_tokens
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one variant, one entry per round."""
+    """Seconds of one variant, one entry per round.
+
+    Attributes:
+        cpu: of the process; on a GPU, between the events around an action.
+        wall: of the clock on the wall.
+    """
 
     cpu: list[float]
     wall: list[float]
 
     def quartiles(self, clock: str) -> tuple[float, float, float]:
-        """Lower quartile, median and upper quartile; `clock` is `"cpu"` (process time) or `"wall"`."""
+        """Lower quartile, median and upper quartile; `clock` is `"cpu"` or `"wall"`."""
         return _quartiles(getattr(self, clock))
 
 
@@ -57,7 +62,7 @@ class Ratio:
 
 
 def ratio(timing: Timing, reference: Timing, clock: str = "cpu") -> Ratio:
-    """How much longer than `reference` a variant took; `clock` is `"cpu"` (process time) or `"wall"`."""
+    """How much longer than `reference` a variant took; `clock` is `"cpu"` or `"wall"`."""
     pairs = zip(getattr(timing, clock), getattr(reference, clock), strict=True)
     low, median, high = _quartiles([mine / other for mine, other in pairs])
     return Ratio(median, low, high)
@@ -76,6 +81,7 @@ def take_turns(
     warmup: int = 1,
     after: Callable[[], object] | None = None,
     description: str = "",
+    device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Times every action once per round, starting each round with another one.
 
@@ -83,11 +89,12 @@ def take_turns(
         actions: what to time.
         rounds, warmup: rounds that count, and rounds before them that do not.
         after: called after every action, off the clock.
+        device: whose time it is.
 
     Returns:
         One [`Timing`] per action.
     """
-    names = list(actions)
+    names, clock = list(actions), clock_for(device)
     timings = {name: Timing([], []) for name in names}
     collecting = gc.isenabled()
     gc.collect()
@@ -98,9 +105,7 @@ def take_turns(
             gc.collect()
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
-                wall, cpu = time.perf_counter(), time.process_time()
-                actions[name]()
-                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+                cpu, wall = clock.measure(actions[name])
                 if after is not None:
                     after()
                 if index >= warmup:
@@ -113,15 +118,29 @@ def take_turns(
     return timings
 
 
-def time_prefill(lineup: Lineup, batch: int, tokens: int, rounds: int, description: str = "") -> dict[str, Timing]:
-    """Prefill as `generate` does it: a fresh KV cache, logits of the last token only."""
-    input_ids = random_tokens(lineup.shape, batch, tokens)
-    actions = {
+def prefill_actions(lineup: Lineup, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
+    """Prefill of every model as `generate` does it: a fresh KV cache, logits of the last token only."""
+    input_ids = random_tokens(lineup.shape, batch, tokens, lineup.device)
+    return {
         name: lambda model=model: model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
         for name, model in lineup.models.items()
     }
+
+
+def training_actions(lineup: Lineup, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
+    """Forward, loss and backward of every model; the gradients are left for the caller to clear."""
+    input_ids = random_tokens(lineup.shape, batch, tokens, lineup.device)
+    return {
+        name: lambda model=model: model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+        for name, model in lineup.models.items()
+    }
+
+
+def time_prefill(lineup: Lineup, batch: int, tokens: int, rounds: int, description: str = "") -> dict[str, Timing]:
+    """Times [`prefill_actions`]."""
+    actions = prefill_actions(lineup, batch, tokens)
     with torch.no_grad():
-        return take_turns(actions, rounds, description=description)
+        return take_turns(actions, rounds, description=description, device=lineup.device)
 
 
 def time_decode(
@@ -131,7 +150,10 @@ def time_decode(
 
     The cache is filled once, by the base: what is in it does not change the time.
     """
-    prompt, token = random_tokens(lineup.shape, batch, past), random_tokens(lineup.shape, batch, 1)
+    prompt, token = (
+        random_tokens(lineup.shape, batch, past, lineup.device),
+        random_tokens(lineup.shape, batch, 1, lineup.device),
+    )
     actions = {}
     with torch.no_grad():
         filled = lineup.models["base"](input_ids=prompt, use_cache=True, logits_to_keep=1)[CACHE]
@@ -140,7 +162,7 @@ def time_decode(
             if model.config.model_type == AttnResConfig.model_type:
                 step = functools.partial(step, block_summaries=BlockSummaries())  # as `generate` does
             actions[name] = step
-        return take_turns(actions, rounds, warmup=warmup, description=description)
+        return take_turns(actions, rounds, warmup=warmup, description=description, device=lineup.device)
 
 
 def time_compiled(
@@ -155,7 +177,10 @@ def time_compiled(
         EqualityGateError: if a compiled model does not give the logits of its eager self.
     """
     rounds_of_decode, warmup = 10 * rounds, 10
-    prompt, token = random_tokens(lineup.shape, batch, tokens), random_tokens(lineup.shape, batch, 1)
+    prompt, token = (
+        random_tokens(lineup.shape, batch, tokens, lineup.device),
+        random_tokens(lineup.shape, batch, 1, lineup.device),
+    )
     prefills, decodes, caches = {}, {}, []
     with torch.no_grad():
         for name, model in tqdm(lineup.models.items(), desc="compiling", leave=False):
@@ -172,10 +197,14 @@ def time_compiled(
                 cache.reset()
 
         empty_caches()
-        prefill = take_turns(prefills, rounds, after=empty_caches, description=f"prefill {description}")
+        prefill = take_turns(
+            prefills, rounds, after=empty_caches, description=f"prefill {description}", device=lineup.device
+        )
         for step in prefills.values():
             step()
-        decode = take_turns(decodes, rounds_of_decode, warmup=warmup, description=f"decode {description}")
+        decode = take_turns(
+            decodes, rounds_of_decode, warmup=warmup, description=f"decode {description}", device=lineup.device
+        )
     return prefill, decode
 
 
@@ -207,17 +236,12 @@ def _check_compiled(name: str, logits: torch.Tensor, eager: torch.Tensor):
 
 
 def time_training(lineup: Lineup, batch: int, tokens: int, rounds: int, description: str = "") -> dict[str, Timing]:
-    """Forward, loss and backward; clearing the gradients is off the clock."""
-    input_ids = random_tokens(lineup.shape, batch, tokens)
-
-    actions = {
-        name: lambda model=model: model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
-        for name, model in lineup.models.items()
-    }
+    """Times [`training_actions`]; clearing the gradients is off the clock."""
+    actions = training_actions(lineup, batch, tokens)
     try:
         for model in lineup.models.values():
             model.train()
-        return take_turns(actions, rounds, after=lineup.clear_gradients, description=description)
+        return take_turns(actions, rounds, after=lineup.clear_gradients, description=description, device=lineup.device)
     finally:
         for model in lineup.models.values():
             model.eval()

@@ -1,8 +1,11 @@
 import json
 
 import pytest
+import torch
+from test_clocks import FakeCuda
 
-from modeling_attnres.eval.bench import cli
+from modeling_attnres.eval.bench import cli, report, timing
+from modeling_attnres.eval.bench.clocks import GpuClock
 from modeling_attnres.eval.bench.models import EqualityGateError
 from modeling_attnres.eval.bench.published import Figure, Ratio
 
@@ -49,8 +52,94 @@ def test_published_groups_are_written_as_they_are_done(monkeypatch, tmp_path, ca
     assert "decode fp32, batch 1" in capsys.readouterr().out
 
 
+def test_published_launches_write_the_tables_of_the_documentation(monkeypatch, tmp_path):
+    figure = Figure("GPU prefill, launches", Ratio(9.0, 9.0, 9.0))
+    monkeypatch.setattr(cli, "GROUPS", {"launches": lambda: ([figure], {})})
+    monkeypatch.setattr(cli, "launches_markdown", lambda: "| tables |\n")
+
+    cli.main(["--published", "launches", "--output", str(tmp_path)])
+
+    assert (tmp_path / "launches.md").read_text() == "| tables |\n"
+
+
 @pytest.mark.parametrize("option", ["--tokens", "--rounds", "--batch", "--threads"])
 def test_counts_below_one_are_refused(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main([option, "0"])
     assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_launches_are_counted_without_weights(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "build_lineup", None)
+
+    options = "--mode launches --preset tiny --dtype bf16 --batch 4 --tokens 4096 --variants block"
+    cli.main([*options.split(), "--output", str(tmp_path)])
+
+    rows = json.loads((tmp_path / "results.json").read_text())["launches"]
+    assert [row["mode"] for row in rows] == ["prefill", "decode", "train", "checkpoint"]
+    assert "launches fwd" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cuda", "sentence"),
+    [
+        (["--device", "cuda"], False, "`--device cuda` and `--gpu-day` need a CUDA device, and PyTorch finds none."),
+        (["--gpu-day"], False, "`--device cuda` and `--gpu-day` need a CUDA device, and PyTorch finds none."),
+        (["--gpu-day"], True, "`--gpu-day` needs `--output`, a folder for what it finds."),
+        (
+            ["--device", "cuda", "--published"],
+            True,
+            "`--published` is measured on the processor: leave out `--device cuda`.",
+        ),
+        (
+            ["--device", "cuda", "--mode", "train", "launches"],
+            True,
+            "`--mode launches` is counted on the processor: leave out `--device cuda`.",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(arguments, cuda, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+
+    with pytest.raises(SystemExit) as left:
+        cli.main([*TINY, *arguments])
+
+    assert left.value.code == 2
+    assert capsys.readouterr().err == sentence + "\n"
+
+
+def test_a_day_on_a_gpu_ends_with_its_status(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    days = []
+    monkeypatch.setattr(cli, "run_day", lambda day, output: days.append((day, output)) or 1)
+
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--gpu-day", "--output", str(tmp_path)])
+
+    assert left.value.code == 1
+    ((day, output),) = days
+    assert (day.device.type, day.clock.label, output) == ("cuda", "gpu", tmp_path)
+
+
+def test_models_are_timed_on_a_gpu(monkeypatch, tmp_path, capsys):
+    """The processor stands in for the GPU, and a clock of fake events for its clock."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    clock = GpuClock(cuda)
+    for module in (cli, report, timing):
+        monkeypatch.setattr(module, "clock_for", lambda device: clock)
+    build = cli.build_lineup
+    monkeypatch.setattr(cli, "build_lineup", lambda *args, device, **kwargs: build(*args, device="cpu", **kwargs))
+    forward = torch.nn.Embedding.forward  # one in every forward of a model
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *args: (cuda.work(), forward(*args))[1])
+
+    cli.main([*TINY, "--device", "cuda", "--mode", "prefill", "decode", "train", "--output", str(tmp_path)])
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["environment"]["gpu"] == "NVIDIA H100"
+    for mode in ("prefill", "decode", "train"):
+        assert [row["gpu ms"] for row in results[mode]] == [20.0, 20.0, 20.0]
+    for mode in ("prefill", "train"):
+        assert all(row["peak MB"] == 50 / 2**20 and row["TB/s"] > 0 for row in results[mode])
+    assert "gpu ms" in capsys.readouterr().out

@@ -3,7 +3,9 @@ import dataclasses
 import pytest
 
 from modeling_attnres.eval.bench import published
+from modeling_attnres.eval.bench.compiled_launches import Kernels
 from modeling_attnres.eval.bench.counting import operations_per_sublayer
+from modeling_attnres.eval.bench.launches import Case
 from modeling_attnres.eval.bench.models import PRESETS, build_lineup
 from modeling_attnres.eval.bench.published import (
     BARS,
@@ -84,6 +86,24 @@ def test_every_timing_group_yields_rows_with_bars(group, monkeypatch):
 
     assert timings
     assert all(figure.row()["must"] == BARS[figure.name].must and figure.mean.median > 0 for figure in figures)
+
+
+@pytest.mark.parametrize("reason", ["no Triton", None])
+def test_launches_stand_beside_their_bars(reason, monkeypatch, capsys):
+    monkeypatch.setattr(published, "case_of", lambda mode: Case(PRESETS["tiny"], mode, batch=1, tokens=8))
+    monkeypatch.setattr(published, "why_not_compiled", lambda: reason)
+    monkeypatch.setattr("modeling_attnres.eval.bench.compiled_launches.extra_kernels", lambda *args: Kernels(1.5, 3.0))
+
+    figures, _ = published.GROUPS["launches"]()
+
+    rows = {row["row"]: row for row in (figure.row() for figure in figures)}
+    assert list(rows) == [name for name in BARS if name.startswith("GPU ") and not (reason and "compiled" in name)]
+    assert all(row["sum"] is not None and row["value"] > 0 for row in rows.values())
+    if reason:
+        assert capsys.readouterr().out == "no Triton\n"
+    else:
+        assert rows["GPU compiled training backward, kernels"]["value"] == 3.0
+        assert rows["GPU compiled decode, kernels"]["met"] == "aim"
 
 
 def _one_round(actions, *args, **kwargs):
