@@ -28,7 +28,6 @@ from .depth_launch_attnres import (
     contiguous,
     decode_chunk,
     decode_tile,
-    kernels,
     power_of_two,
     rms_norm,
     uses_kernel,
@@ -132,6 +131,8 @@ def _decode_reference(
 def _decode_kernel(
     sources, num_sources, query, norm_floor, output, stream, norm_weight, norm_eps, opens_block, dtype
 ) -> Decoded:
+    from .depth_triton_attnres import decode_forward
+
     mix = torch.empty_like(sources[0], dtype=dtype)
     weights = sources.new_empty(num_sources, *mix.shape[:-1])
     new_stream = None if stream is None or output is None else torch.empty_like(mix)
@@ -139,7 +140,7 @@ def _decode_kernel(
     hidden_size, num_tokens = mix.shape[-1], weights[0].numel()
     tile = decode_tile(hidden_size)
     with torch.cuda.device_of(sources):
-        kernels().decode_forward[(num_tokens,)](
+        decode_forward[(num_tokens,)](
             *(sources, query, norm_floor, output, stream, norm_weight, mix, weights, new_stream, normed),
             *(num_tokens, num_sources, norm_eps or 0.0),
             OPENS=opens_block,

@@ -16,8 +16,8 @@
 Letters: `*` the dimensions of the tokens ([B, T] or [M]), D hidden size, n sources of a mix (the recent one included),
 R queries read together.
 
-Nothing here imports Triton before a kernel is asked for. A kernel that cannot run is an error that says why, never another
-path: ask [`available`] first.
+Triton is optional: a function imports its kernel when it is to launch it. Where a kernel cannot run, asking for it is an
+error that says why, and never takes another path: ask [`available`] first.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,6 @@ from .depth_launch_attnres import (
     check_tensor,
     check_written_in_place,
     contiguous,
-    kernels,
     merge_backward_tile,
     merge_tile,
     power_of_two,
@@ -72,11 +71,13 @@ def phase_one_rows(
     num_sources, num_rows = scores.shape[:2]
     if not uses_kernel(impl, sources, num_sources, num_rows):
         return _phase_one_reference(scores, sources, form)
+    from .depth_triton_attnres import rows_forward
+
     scores, sources = contiguous(scores, sources)
     rows, offset = sources.new_empty(num_rows, *sources.shape[1:]), scores.new_empty(scores.shape[1:])
     tile, num_tokens = rows_tile(sources.shape[-1], num_rows), offset[0].numel()
     with torch.cuda.device_of(sources):
-        kernels().rows_forward[(num_tokens, -(-sources.shape[-1] // tile.width))](
+        rows_forward[(num_tokens, -(-sources.shape[-1] // tile.width))](
             *(scores, sources, rows, offset, num_tokens, num_sources, num_rows),
             **_phase_one_constants(scores, sources, form, tile),
         )
@@ -114,11 +115,13 @@ def phase_one_rows_backward(
     arguments = (rows_gradient, offset_gradient, scores, sources)
     if not uses_kernel(impl, sources, num_sources, num_rows):
         return _phase_one_backward_reference(*arguments, form, sources_gradient)
+    from .depth_triton_attnres import rows_backward
+
     rows_gradient, offset_gradient, scores, sources = contiguous(*arguments)
     scores_gradient, num_tokens = torch.empty_like(scores), scores[0, 0].numel()
     tile = rows_backward_tile(sources.shape[-1], num_rows)
     with torch.cuda.device_of(sources):
-        kernels().rows_backward[(num_tokens,)](
+        rows_backward[(num_tokens,)](
             *(scores, sources, rows_gradient, offset_gradient, scores_gradient, sources_gradient),
             *(num_tokens, num_sources, num_rows),
             **_phase_one_constants(scores, sources, form, tile),
@@ -141,8 +144,8 @@ def _phase_one_constants(scores: torch.Tensor, sources: torch.Tensor, form: str,
     return {**constants, "SOURCES": num_sources, "ROWS": num_rows, **tile.options()}
 
 
-def phase_one_weights(scores, form) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Softmax and weights `[n, ...]`, and offset `[...]`, of scores `[n, ...]`."""
+def phase_one_weights(scores: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax and weights `[n, ...]`, and offset `[...]`, of scores `[n, ...]`: see [`phase_one_rows`]."""
     largest = scores.amax(0)
     exponentials = torch.exp(scores - largest)
     total = exponentials.sum(0)
@@ -293,10 +296,12 @@ def _merge_reference(
 
 
 class _Merge(torch.autograd.Function):
-    """[`merge`] by kernels. What is the same tensor before and after it is returned as `None`."""
+    """[`merge`] by kernels. A source or stream that nothing was added to is returned as `None`, not as an alias."""
 
     @staticmethod
     def forward(ctx, row, offset, query, recent, norm_floor, output, stream, num_sources, norm_weight, norm_eps):
+        from .depth_triton_attnres import merge_forward
+
         row, offset, query, recent, output, stream, weight = contiguous(
             row, offset, query, recent, output, stream, norm_weight
         )
@@ -308,7 +313,7 @@ class _Merge(torch.autograd.Function):
         saved = offset.new_empty(3, offset.numel())
         tile = merge_tile(like.shape[-1])
         with torch.cuda.device_of(like):
-            kernels().merge_forward[(offset.numel(),)](
+            merge_forward[(offset.numel(),)](
                 *(row, offset, query, norm_floor, recent, output, stream, weight),
                 *(mix, logit, new_recent, new_stream, normed, saved),
                 *(offset.numel(), num_sources or 1, norm_eps or 0.0),
@@ -327,6 +332,8 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, mix_gradient, logit_gradient, values_gradient, stream_gradient, normed_gradient):
+        from .depth_triton_attnres import merge_backward
+
         mix, values, query, weight, logit, saved = ctx.saved_tensors
         is_sum, given = ctx.num_sources is not None, ctx.given
         gradients = contiguous(mix_gradient, normed_gradient, logit_gradient, values_gradient, stream_gradient)
@@ -334,7 +341,7 @@ class _Merge(torch.autograd.Function):
         def new(needed: bool) -> torch.Tensor | None:
             return torch.empty_like(mix) if needed else None
 
-        # Without a gradient of its own the stream's is the row's; under "mean" the output's is the recent source's.
+        # Without a gradient of its own the stream has the row's. Under "mean" the output has the recent source's.
         to_row = new(not is_sum or given["row"])
         to_stream = new(is_sum and (to_row is None or stream_gradient is not None))
         to_values = new(given["recent"])
@@ -345,7 +352,7 @@ class _Merge(torch.autograd.Function):
         num_programs = min(num_tokens, BACKWARD_PROGRAMS)
         partial = query.new_empty(1 if normed_gradient is None else 2, num_programs, hidden_size)
         with torch.cuda.device_of(mix):
-            kernels().merge_backward[(num_programs, -(-hidden_size // tile.width))](
+            merge_backward[(num_programs, -(-hidden_size // tile.width))](
                 *(mix, values, query, weight, logit, saved, *gradients),
                 *(to_row, to_offset, to_values, to_stream, to_output, partial, num_tokens, ctx.num_sources or 1),
                 SUM=is_sum,

@@ -16,10 +16,8 @@
 Letters: D hidden size, n sources of a mix, R queries read together, `*` the dimensions of the tokens ([B, T] or [M]).
 """
 
-import functools
 import importlib.util
 import os
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -27,16 +25,16 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HIDDEN_SIZE = 8192
-# A program of phase 1 or of a decode step holds the scores of all sources by all rows in registers.
+# A program of phase 1 holds the scores of all sources by all rows in registers.
 MAX_SOURCES, MAX_ROWS = 32, 16
 
 # Fixed launch configurations, the same for every device: nothing is tuned, and equal inputs give equal bits.
-# Merge: a program per token. A thread holds 16 elements of each tensor, two loads of 16 bytes in half precision.
+# Merge: a program per token. A thread holds 16 elements of each tensor, in half precision two loads of 16 bytes.
 MERGE_ELEMENTS = 16
-# Backward of the merge: more tensors, and two sums over tokens, lie in registers. A thread holds 16 bytes of each tensor.
-# A program holds a slice of a token, of at most 8 KB: with more threads each would have too few registers.
+# Backward of the merge: registers also hold two sums over tokens, so a thread holds only 16 bytes of each tensor. A program
+# holds a slice of a token of at most 8 KB: more threads would leave each of them too few registers.
 SLICE_BYTES, THREAD_BYTES = 8192, 16
-# So many programs share the tokens: several for each multiprocessor, and few sums are left to add up at the end.
+# Programs that share the tokens in backward: several for each multiprocessor, and few partial sums to add up at the end.
 BACKWARD_PROGRAMS = 512
 # Phase 1: a program per token and slice of columns. A thread holds 32 elements of the R sums.
 ROWS_ELEMENTS, ROWS_WIDTH, ROWS_WARPS = 8192, 1024, 8
@@ -130,14 +128,6 @@ def _why_not_on(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
-
-
-@functools.cache
-def kernels() -> ModuleType:
-    """The module of the Triton kernels, imported when it is first asked for."""
-    from . import depth_triton_attnres
-
-    return depth_triton_attnres
 
 
 def uses_kernel(impl: str, like: torch.Tensor, num_sources: int = 1, num_rows: int = 1) -> bool:

@@ -353,3 +353,13 @@ def test_documented_traffic_of_phase_one_and_of_decoding(moved):
     assert documented("phase 1") == "| phase 1 | 1 / R | n / R + 1 | n / R + 1 |"
     assert documented("phase 1, backward") == "| phase 1, backward | 1 / R | 3 n / R + 1 | 3 n / R + 1 |"
     assert documented("decode") == "| decode | 1 | 2 n + 5 | 2 n + 7 |"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sums_are_rounded_before_they_are_scored_and_mixed(form):
+    arguments = merge_arguments((7, 100), torch.bfloat16, form, "output", norm=True)
+    merged = merge(**arguments, impl="triton")
+    output = arguments.pop("output")
+    arguments |= {name: arguments[name] + output for name in ("recent", "stream") if name in arguments}
+    for value, of_sums in zip(merged, merge(**arguments, impl="triton"), strict=True):
+        assert value is of_sums is None or torch.equal(value, of_sums)

@@ -13,8 +13,7 @@ from test_depth_attention_attnres import output_and_gradients, random_stack, rel
 from tiny_backbones import load_plain_weights, tiny_backbone, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
-from modeling_attnres import AttnResConfig, AttnResForCausalLM
-from modeling_attnres.depth_launch_attnres import kernels
+from modeling_attnres import AttnResConfig, AttnResForCausalLM, depth_triton_attnres
 from modeling_attnres.depth_weights_attnres import FORMS
 
 
@@ -37,7 +36,8 @@ def launches(monkeypatch):
             return self.kernel[grid]
 
     for name in ("merge_forward", "merge_backward", "rows_forward", "rows_backward", "decode_forward"):
-        monkeypatch.setattr(kernels(), name, Counted(name, getattr(kernels(), name)))
+        kernel = getattr(depth_triton_attnres, name)
+        monkeypatch.setattr(depth_triton_attnres, name, Counted(name, kernel))
     return counter
 
 
