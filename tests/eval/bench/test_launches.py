@@ -29,11 +29,7 @@ class Bar:
     short: str | None = None
 
 
-LOOP = "the product of phase 1 runs in parts of 64 tokens on every device"
-COPY = "the recent source is scored from a copy in fp32"
-MERGE = "the backward of a merge is about twenty operations"
-RECOMPUTED = "checkpointed layers recompute phase 1 by plain autograd"
-DECODE = "queries are folded at every step, and a mix is written in fp32 and then converted"
+DECODE = "in half precision a mix is written in fp32 and then converted"
 
 
 def must(name: str, form: str = "mean") -> float:
@@ -43,27 +39,26 @@ def must(name: str, form: str = "mean") -> float:
 
 # The promised figures, and between them what today's code costs, so that it does not grow unseen.
 BARS = (
-    Bar("prefill", "block", "forward", must("prefill, launches"), LOOP),
-    Bar("prefill", "block", "forward_d", must("prefill, D"), COPY),
-    Bar("prefill", "block", "forward", 66.2),
-    Bar("prefill", "block", "forward_d", 13.2),
-    Bar("prefill", "block-sum", "forward", 69.6),
-    Bar("prefill", "block-sum", "forward_d", 20.4),
+    Bar("prefill", "block", "forward", must("prefill, launches")),
+    Bar("prefill", "block", "forward_d", must("prefill, D")),
+    Bar("prefill", "block", "forward", 9.0),
+    Bar("prefill", "block", "forward_d", 6.1),
+    Bar("prefill", "block-sum", "forward", 14.4),
+    Bar("prefill", "block-sum", "forward_d", 13.6),
     Bar("decode", "block", "forward", must("decode, launches"), DECODE),
     Bar("decode", "block", "forward", 6.3),
     Bar("decode", "block-sum", "forward", must("decode, launches", "sum"), DECODE),
-    Bar("decode", "block-sum", "forward", 9.3),
-    Bar("train", "block", "both_d", must("training, D forward and backward"), MERGE),
-    Bar("train", "block", "forward", 66.4),
-    Bar("train", "block", "backward", 22.3),
-    Bar("train", "block", "both_d", 49.6),
-    Bar("train", "block-sum", "forward", 69.7),
-    Bar("train", "block-sum", "backward", 29.7),
-    Bar("train", "block-sum", "both_d", 66.1),
-    Bar("checkpoint", "block", "ratio", must("checkpointing, Block"), RECOMPUTED),
-    Bar("checkpoint", "block", "ratio", 1.256),
-    Bar("checkpoint", "full", "ratio", must("checkpointing, Full"), RECOMPUTED),
-    Bar("checkpoint", "full", "ratio", 2.31),
+    Bar("decode", "block-sum", "forward", 9.4),
+    Bar("train", "block", "both_d", must("training, D forward and backward")),
+    Bar("train", "block", "forward", 9.3),
+    Bar("train", "block", "backward", 31.8),
+    Bar("train", "block-sum", "forward", 14.5),
+    Bar("train", "block-sum", "backward", 35.7),
+    Bar("train", "block-sum", "both_d", 41.0),
+    Bar("checkpoint", "block", "ratio", must("checkpointing, Block")),
+    Bar("checkpoint", "block", "ratio", 1.075),
+    Bar("checkpoint", "full", "ratio", must("checkpointing, Full")),
+    Bar("checkpoint", "full", "ratio", 1.22),
 )
 
 
@@ -80,11 +75,10 @@ def test_costs_keep_their_bars(bar):
     assert cost.syncs == 0
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=LOOP)
 @pytest.mark.parametrize("variant", ["block", "block-sum", "full"])
 def test_launches_do_not_grow_with_the_number_of_tokens(variant):
     shape = replace(SHAPE, num_layers=8)
-    few, many = (count(Case(shape, "prefill", batch=1, tokens=tokens), variant)[0] for tokens in (64, 1024))
+    few, many = (count(Case(shape, "prefill", batch=1, tokens=tokens), variant)[0] for tokens in (256, 1024))
 
     assert many.launches - few.launches == {}
 
