@@ -377,11 +377,13 @@ class BlockSummaries:
 
         A module that stands in for it (an adapter's) may give something else with the same parameters, and is called.
         """
+        if torch.is_grad_enabled() or derives_gradients():
+            return depth_attention(embedding)
         parameters = tuple(depth_attention.parameters())
         hooked = depth_attention._forward_hooks or depth_attention._forward_pre_hooks
         stands_in = not hasattr(type(depth_attention), "init_weights")
-        unversioned = any(map(torch.is_inference, parameters))
-        if torch.is_grad_enabled() or derives_gradients() or hooked or stands_in or unversioned:
+        unversioned = any(parameter.is_inference() for parameter in parameters)
+        if hooked or stands_in or unversioned:
             return depth_attention(embedding)
         versions = (embedding.dtype, embedding.device, *(parameter._version for parameter in parameters))
         if (
