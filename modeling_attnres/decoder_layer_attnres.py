@@ -138,7 +138,8 @@ class AttnResDecoderLayers(nn.ModuleList):
     """The decoder layers of a model, none of which can be taken away: depth attention reads them all.
 
     A server that splits a model by its list of layers puts empty modules in the place of those that other ranks have, and
-    would go on to answer with what is left.
+    would go on to answer with what is left. The last layers may go: the output is then read by the query of the first
+    sublayer that is left out.
     """
 
     def __setitem__(self, index: int, module: nn.Module):
@@ -149,6 +150,21 @@ class AttnResDecoderLayers(nn.ModuleList):
                 "parallelism."
             )
         super().__setitem__(index, module)
+
+    def __delitem__(self, index: int | slice):
+        kept = list(range(len(self)))
+        del kept[index]
+        if kept != list(range(len(kept))):
+            raise ValueError(
+                f"Only the last of {len(self)} decoder layers can be taken away: each has queries over depth that belong "
+                f"to its place; got {index}."
+            )
+        super().__delitem__(index)
+
+    def insert(self, index: int, module: nn.Module):
+        raise ValueError(
+            f"No decoder layer can be inserted: each has queries over depth that belong to its place; got {index}."
+        )
 
 
 def is_recomputed(layer: nn.Module, training: bool) -> bool:

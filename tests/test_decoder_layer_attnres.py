@@ -146,3 +146,19 @@ def test_layers_compiled_one_by_one(sublayers_per_block, depth_weights):
         for enabled in (False, True):
             with torch.set_grad_enabled(enabled):
                 torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-4, atol=1e-5)  # fp32
+
+
+def test_only_the_last_layers_can_be_taken_away():
+    inputs, whole = tiny_inputs(), tiny_model("llama", 2)
+    whole.config.num_hidden_layers -= 1  # an early exit
+    expected = whole(inputs, use_cache=False).logits
+    for take_away in (lambda layers: layers.__delitem__(-1), lambda layers: layers.pop(-1)):
+        model = tiny_model("llama", 2)
+        take_away(model.model.layers)
+        assert torch.equal(model(inputs, use_cache=False).logits, expected)
+    layers = tiny_model("llama", 2).model.layers
+    for index in (0, slice(0, 2)):
+        with pytest.raises(ValueError, match=r"Only the last of 4 decoder layers can be taken away: .* got"):
+            del layers[index]
+    with pytest.raises(ValueError, match=r"No decoder layer can be inserted: .* got 1"):
+        layers.insert(1, layers[0])
