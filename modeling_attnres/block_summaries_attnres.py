@@ -220,8 +220,8 @@ def _times_values(rows: torch.Tensor, values: torch.Tensor, dtype: torch.dtype, 
     """`[R, M]` in `dtype`, at least fp32, times `[M, D]`: `[R, D]` in `dtype`, without rounding `rows` to half precision."""
     if not in_half:
         return torch.mm(rows, values.to(dtype))
-    parts = split_queries(rows).movedim(-1, 0)  # [3, R, M]
-    return product_in_fp32(parts.flatten(0, 1), values).unflatten(0, parts.shape[:2]).sum(0)
+    parts = split_queries(rows)  # [R, 3, M]
+    return product_in_fp32(parts.flatten(0, 1), values).unflatten(0, parts.shape[:2]).sum(1)
 
 
 class _LinkScores(torch.autograd.Function):

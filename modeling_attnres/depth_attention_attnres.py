@@ -31,7 +31,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -224,12 +223,15 @@ def sublayer_groups(num_sublayers: int, sublayers_per_block: int) -> list[tuple[
 State = tuple[torch.Tensor, ...]
 
 
-class DepthRead(NamedTuple):
-    """What phase 1 leaves for one sublayer. A tuple, so that accelerate moves it with a layer's other inputs.
+class DepthRead:
+    """What phase 1 leaves for one sublayer.
 
-    Attributes:
+    Deliberately neither a tuple nor a dataclass: FSDP casts the tensors in those, and scores must stay in fp32.
+    Accelerate moves what has a `to` with a layer's other inputs.
+
+    Args:
         query: `[D, 1]`, its folded query, in at least fp32.
-        query_parts: `[D, 3]`, the same in bf16 parts, or `None`, see [`split_queries`].
+        query_parts: `[3, D]`, the same in bf16 parts, or `None`, see [`split_queries`].
         row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1; `None` for a sum known to be zero.
         offset: `[B, T, 1]`, what puts the scores of later sources on the scale of the row, in at least fp32.
         scores: `[n, R, B, T]`, the scores of the whole group, in at least fp32.
@@ -237,13 +239,15 @@ class DepthRead(NamedTuple):
         norm_floor: see [`DepthAttention`].
     """
 
-    query: torch.Tensor
-    query_parts: torch.Tensor | None
-    row: torch.Tensor | None
-    offset: torch.Tensor
-    scores: torch.Tensor
-    position: int
-    norm_floor: torch.Tensor
+    def __init__(self, query, query_parts, row, offset, scores, position: int, norm_floor: torch.Tensor):
+        self.query, self.query_parts, self.row, self.offset = query, query_parts, row, offset
+        self.scores, self.position, self.norm_floor = scores, position, norm_floor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "DepthRead":
+        def moved(value):
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+
+        return DepthRead(**{name: moved(value) for name, value in vars(self).items()})
 
 
 class DepthStream:

@@ -134,7 +134,7 @@ def first_derivative(backward: Callable) -> Callable:
 
 
 def split_queries(queries: torch.Tensor) -> torch.Tensor:
-    """Queries `[..., D]` in fp32 as three bf16 parts `[..., D, 3]`, whose sum they are exactly (3 x 8 bits of 24).
+    """Queries `[..., D]` in fp32 as three bf16 parts `[..., 3, D]`, whose sum they are exactly (3 x 8 bits of 24).
 
     A product of bf16 matrices that accumulates in fp32 then gives fp32 scores without an fp32 copy of the sources.
     """
@@ -142,7 +142,7 @@ def split_queries(queries: torch.Tensor) -> torch.Tensor:
     for _ in range(3):
         parts.append(rest.to(torch.bfloat16))
         rest = rest - parts[-1]
-    return torch.stack(parts, dim=-1)
+    return torch.stack(parts, dim=-2)
 
 
 @functools.cache
@@ -182,14 +182,14 @@ def score_source(
     Args:
         query: `[D, 1]`, folded, in at least fp32.
         source: `[B, T, D]`.
-        query_parts: `[D, 3]`, the query by [`split_queries`], where the device multiplies bf16 matrices into fp32.
+        query_parts: `[3, D]`, the query by [`split_queries`], where the device multiplies bf16 matrices into fp32.
             Not used where gradients are derived.
 
     Returns:
         two tensors `[B, T, 1]` in the query's dtype.
     """
     if query_parts is not None and not derives_gradients():
-        dot = product_in_fp32(source.flatten(0, 1), query_parts).sum(-1).view(*source.shape[:-1], 1)
+        dot = product_in_fp32(query_parts, source.flatten(0, 1).T).sum(0).view(*source.shape[:-1], 1)
         return dot, source_norm(source, norm_floor)
     values = source.to(query.dtype)
     if (
@@ -490,7 +490,7 @@ def query_gradient_of(source, scaled, query, in_half: bool) -> torch.Tensor:
         in_half: whether to multiply in bf16, into fp32.
     """
     if in_half:
-        return product_in_fp32(source.flatten(0, 1).T, split_queries(scaled.flatten())).sum(-1, keepdim=True)
+        return product_in_fp32(split_queries(scaled.flatten()), source.flatten(0, 1)).sum(0).unsqueeze(-1)
     return torch.mm(source.flatten(0, 1).T.to(query.dtype), scaled.flatten(0, 1))
 
 

@@ -5,9 +5,11 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import send_to_device
 from test_depth_attention_attnres import EPS, output_and_gradients, random_stack, relative_error
 from test_depth_kernels_attnres import needs_triton, run_tests
 from tiny_backbones import tiny_inputs, tiny_model
+from torch.distributed.utils import _apply_to_tensors
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -136,6 +138,25 @@ def test_steps_aside_for_layers_that_are_run_apart():
     recomputing.gradient_checkpointing_enable()
     assert stream_of(recomputing) is FullStream
     assert stream_of(recomputing, training=True) is DepthStream
+
+
+@pytest.mark.parametrize("sublayers_per_block", [1, 4])
+def test_reads_stay_in_fp32_and_move_with_a_layers_inputs(sublayers_per_block):
+    """FSDP casts every tensor that it finds in a layer's arguments, accelerate moves them to the layer's device."""
+    stack = random_stack(8, 0.5, torch.float32)
+    fold = DepthAttention(8, stack[0].shape[-1], EPS)
+    queries, norm_floor = fold(stack[0])
+    form, bank = FORMS["mean"], BlockSummaries()
+    depth = open_stream(form, stack[0], queries, norm_floor, bank, sublayers_per_block, undivided=False)
+    depth.start(stack[0])
+    reads = depth.read(*depth.groups[0])
+    cast = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.bfloat16, {"reads": reads})["reads"]
+    assert all(one is other for one, other in zip(cast, reads, strict=True))
+    cast = _apply_to_tensors(torch.Tensor.bfloat16, {"reads": reads})["reads"]
+    assert all(one is other for one, other in zip(cast, reads, strict=True))
+    (moved, *_) = send_to_device(reads, "meta")
+    assert {tensor.device.type for tensor in vars(moved).values() if torch.is_tensor(tensor)} == {"meta"}
+    assert moved.position == reads[0].position
 
 
 # --- Kernels ---------------------------------------------------------------------------------------------------------

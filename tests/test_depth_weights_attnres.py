@@ -88,9 +88,9 @@ def test_a_query_is_its_three_parts_exactly():
     queries = torch.randn(4, 64) * torch.logspace(-20, 20, 64)
     parts = split_queries(queries)
     assert parts.dtype == torch.bfloat16
-    assert torch.equal(parts.double().sum(-1).float(), queries)
+    assert torch.equal(parts.double().sum(-2).float(), queries)
     values = torch.randn(7, 64).bfloat16()
-    products = product_in_fp32(values, split_queries(torch.ones(64) / 3)).sum(-1)
+    products = product_in_fp32(split_queries(torch.ones(64) / 3), values.T).sum(0)
     # fp32 sums of 64 terms
     torch.testing.assert_close(products.double(), values.double().sum(-1) / 3, rtol=1e-5, atol=1e-5)
 
