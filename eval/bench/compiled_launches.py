@@ -46,7 +46,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _triton
 from torch.utils._pytree import tree_map
 
-from .launches import Case, model_arguments, model_without_data, no_autocast
+from .launches import Case, model_arguments, model_without_data
 
 
 CALL_OF_TRITON = re.compile(r"^ +\w+\.run\(", re.MULTILINE)
@@ -208,13 +208,22 @@ def _backend(calls: dict[str, int]) -> Callable:
     )
 
 
+def _no_autocast() -> contextlib.AbstractContextManager:
+    """Compiled code does not ask first whether `meta` can have autocast, and torch raises: the answer is no."""
+    return mock.patch.object(torch, "is_autocast_enabled", _never)  # a plain function: the compiler reads its code
+
+
+def _never(device_type: str | None = None) -> bool:
+    return False
+
+
 @functools.cache
 def count_compiled(case: Case, variant: str) -> Kernels:
     """Counts the compiled forward, and backward, of `"base"` or one of `VARIANTS`; remembers it."""
     calls = {"forward": 0, "backward": 0}
     torch._dynamo.reset()
     try:
-        with no_autocast(), torch.set_grad_enabled(case.trains):
+        with _no_autocast(), torch.set_grad_enabled(case.trains):
             model = torch.compile(
                 model_without_data(case, variant), backend=_backend(calls), fullgraph=True, dynamic=False
             )

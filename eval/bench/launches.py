@@ -22,12 +22,10 @@ Attention is a stub of one launch, in the base and in the variants, and logits a
 Letters: B batch, T tokens, M = B * T, D hidden size, L sublayers.
 """
 
-import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from unittest import mock
 
 import torch
 from torch import nn
@@ -264,21 +262,12 @@ def model_arguments(case: Case) -> dict:
     return {"input_ids": input_ids, "use_cache": False, "logits_to_keep": 1}
 
 
-def no_autocast() -> contextlib.AbstractContextManager:
-    """torch raises when it is asked whether `meta`, which cannot have autocast, has it now: the answer is no."""
-    return mock.patch.object(torch, "is_autocast_enabled", _never)
-
-
-def _never(device_type: str | None = None) -> bool:
-    return False
-
-
 @functools.cache
 def count(case: Case, variant: str) -> tuple[Cost, Cost]:
     """Counts the forward and the backward (empty where there is none) of `"base"` or one of `VARIANTS`; remembers them."""
     model, arguments = model_without_data(case, variant), model_arguments(case)
     backward = LaunchCounter()
-    with no_autocast(), torch.set_grad_enabled(case.trains):
+    with torch.set_grad_enabled(case.trains):
         if case.mode == "decode":
             if VARIANTS.get(variant, ("base",))[0] == "attnres":
                 arguments["block_summaries"] = BlockSummaries()
