@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Packaging of modeling-attnres.
 
 In a checkout `configuration/`, `conversion/`, `eval/`, `parallel/` and `training/` lie beside the model. Installed, they

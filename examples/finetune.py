@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tunes a converted model on plain text: LoRA with the depth queries, the queries alone, or everything.
 
     attnres-convert path/to/model my-attnres-model --num-blocks 8

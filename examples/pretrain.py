@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Pretrain a preset on plain text: PreNorm, Full or Block AttnRes, on the same tokens in the same order.
 
     python examples/pretrain.py --preset llama-2m-block --text path/to/texts --output runs/block --steps 500

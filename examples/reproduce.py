@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The paper's claims at a scale that a CPU trains: the runs of docs/reproduction.md, and its tables and pictures.
 
     python examples/reproduce.py commands --text path/to/texts --output runs > runs.sh

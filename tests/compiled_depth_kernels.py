@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of depth attention compile for a device that is not there, from the very arguments that they are called with.
 
 `test_depth_kernels_attnres.py` runs this file in a process of its own, with a cache of its own.

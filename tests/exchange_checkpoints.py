@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Run as a script in an environment of its own: writes checkpoints with the package, or reads them without it.
 
     python exchange_checkpoints.py write FOLDER    checkpoints with their code, an adapter each, and what they answer

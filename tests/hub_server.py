@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """A small Hub on 127.0.0.1: enough of its HTTP interface for the `huggingface_hub` client to push and to pull models.
 
 Repositories live in memory; a commit replaces the branch's listing of paths. What a client uploads as LFS arrives

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of depth attention under Triton's interpreter, on the CPU, against fp64.
 
 `test_depth_kernels_attnres.py` runs this file in a process of its own, because Triton must not have been imported before

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Forwards, backwards and decode steps of streams whose steps are kernels, under Triton's interpreter, on the CPU.
 
 `test_depth_streams_attnres.py` runs this file in a process of its own. By hand:

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Kimi K3's text model written down once more, token by token and in fp64: slow, and without the library's classes."""
 
 import torch

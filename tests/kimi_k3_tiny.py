@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """A tiny checkpoint in Kimi K3's own format, with random weights, and what the official code computes for it in fp32.
 
 Every size, name and convention is as in the released model: the multimodal model's prefix, `A_log` padded with zeros,

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Run as a script in a process of its own: loads checkpoints by their own code where the package cannot be imported.
 
 Takes a JSON file that lists jobs, each with `source` (folder or Hub id), `auto_class`, `inputs` (token ids), `again`

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Runs the fast suite on every version of Transformers that a release promises, and writes the table of results.
 
 Each version gets an overlay in `build/matrix`: a virtual environment with that Transformers and this checkout, which takes

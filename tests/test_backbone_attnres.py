@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Which backbones are taken and which are refused, by what their code does and not by what they are called."""
 
 import copy

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The bank of depth sources: what it stores, when it reuses its allocation, and that no live source is overwritten."""
 
 import pytest

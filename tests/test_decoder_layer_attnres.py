@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """A decoder layer as others see it: what hooks read and replace, wrappers that run it again, compilation by itself."""
 
 import functools

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The two-phase computation against the naive reference: values, gradients, numerics, exactness at zero queries."""
 
 import pytest

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """One pass over all sources for few tokens, one per sequence or packed into one row, against the naive reference."""
 
 import pytest

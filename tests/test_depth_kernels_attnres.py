@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The references of the depth kernels against naive depth attention; their arguments; and, where Triton is installed, the
 kernels themselves, each way in a process of its own."""
 

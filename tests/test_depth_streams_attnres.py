@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Full AttnRes by groups: the schedule, what it keeps for backward, weights, and where it steps aside."""
 
 from unittest import mock

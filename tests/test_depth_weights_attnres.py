@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """How weights are formed: both forms against one softmax, written-out gradients, exactness of sums, other devices' products."""
 
 import math

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Functions that draw leave the caller's Matplotlib as it was: its backend, and its figures."""
 
 import re

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """A config that others cannot tell from the backbone's: fields, files of earlier versions, copies."""
 
 import copy

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Kimi K3's text model: against the official code's numbers, against a plain transcription, and as a model of its own."""
 
 import json

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Model classes made per backbone: names of weights, what the class answers, copies, users' subclasses, former names."""
 
 import copy

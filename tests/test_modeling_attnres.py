@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The model's numbers: against the paper's pseudocode, against the dense model, and what it returns on request."""
 
 import copy

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """`torch.compile` and `torch.export` take the whole model as one graph."""
 
 import pytest

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Every backbone in three forms beside a naive model: the plain model's own parts, called by hand, with naive mixes."""
 
 import pytest

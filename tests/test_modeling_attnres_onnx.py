@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Models leave PyTorch: `torch.onnx.export` takes them, and onnxruntime gives their logits."""
 
 import io

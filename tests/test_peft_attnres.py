@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Adapters: where they go, the recipe that trains the queries too, and every way to save and load them."""
 
 import importlib.util

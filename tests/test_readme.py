@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The README's commands and code run, on tiny checkpoints under the README's names."""
 
 import re

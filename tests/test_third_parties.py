@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """What Trainer, PEFT, accelerate and Transformers do with a plain model they do with an AttnRes model."""
 
 import pytest

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Tiny configurations of the backbones that must work: everything a real one has, at a size for a CPU."""
 
 from typing import Any

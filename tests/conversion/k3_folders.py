@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Folders in Kimi K3's own layout: the tiny one with the official code's numbers, and random ones of other kinds."""
 
 import json

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Kimi Linear 48B-A3B's public layout at a size for a CPU: its own config fields, names and shapes."""
 
 import json

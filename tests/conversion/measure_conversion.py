@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Converts in a process of its own and prints what it took: `python measure_conversion.py SOURCE OUT`."""
 
 import json

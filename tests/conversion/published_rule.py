@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Depth attention as Kimi K3 and flash-linear-attention publish it, transcribed around the library's layers."""
 
 import torch

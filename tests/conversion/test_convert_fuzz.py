@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Random damage: whatever is done to a checkpoint, it converts to a model that computes the same, or says why not."""
 
 import json

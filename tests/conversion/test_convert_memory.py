@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """A conversion's memory does not grow with the model: measured on 4 GB of weights, beside a plain copy of the files."""
 
 import json

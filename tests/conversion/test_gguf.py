@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """GGUF files: tiny ones, whole and damaged, and a real pretrained model (the fixture `gguf_file`)."""
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The commands and the program of docs/kimi-k3.md, run on tiny folders under the names that they have there."""
 
 import re

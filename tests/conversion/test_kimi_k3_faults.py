@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """What is wrong with a folder of Kimi K3's is said by name, before anything is written."""
 
 import json

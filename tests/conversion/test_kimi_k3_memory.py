@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Decoding experts takes memory for one of them, whatever their number: measured at the released experts' size."""
 
 import json

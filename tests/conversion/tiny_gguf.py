@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Small GGUF files, written from a plain llama or qwen2 checkpoint."""
 
 import json

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Small tokenizers of the kinds that checkpoints come with, and what it takes for two to be the same."""
 
 import base64

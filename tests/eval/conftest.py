@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """A tiny AttnRes checkpoint with a tokenizer, as every test of `attnres-eval run` needs one."""
 
 from pathlib import Path

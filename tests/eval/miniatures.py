@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Miniatures of the report's data sets: the fields and splits of the originals, with documents of our own.
 
 Multiple choice always has gold answer C, or the third; free answers are 42.

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Writes folders as `attnres-eval run` leaves them, from given scores."""
 
 import hashlib

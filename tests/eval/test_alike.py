@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Runs that were asked differently are refused by name; runs of other models, devices and batch sizes are not."""
 
 import pytest

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Joining runs: rows, averages, seeds, and refusals that name what differs."""
 
 import numpy as np

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Reading runs: gold answers, and errors for whatever is missing, doubled or not a number."""
 
 import json

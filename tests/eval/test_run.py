@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """`attnres-eval run` on a tiny checkpoint: what it writes, that scores do not depend on batching, what it refuses."""
 
 import json

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Generated code that means harm: what it tries, one by one, and that nothing comes of it."""
 
 import os

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The filter of system calls: by a reading of classic BPF for every architecture, and in the kernel for this one."""
 
 import json

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """A generated function and its tests, each in a process of its own: it passes by its answers, by nothing else."""
 
 import json

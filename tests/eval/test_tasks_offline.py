@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The offline tasks: their data, their answers checked by other means, and their prompts."""
 
 import hashlib

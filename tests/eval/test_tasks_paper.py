@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The report's benchmarks: every name resolves in the installed lm-eval, with our shots, metrics and filters.
 
 The data sets are on the Hub; miniatures with their fields stand in for them, and lm-eval's own task code makes the

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Transformers' own common tests, run on classes of our choice.
 
 The source distribution on PyPI has them, but for the modules that they import from its folders: of those, empty mixins

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The table of look-ups (`look_ups.csv`) and the page that shows it: `python tests/library/look_ups.py` writes the page."""
 
 import csv

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Finds where the libraries around a model look something up: by its type, its class, its code, its fields.
 
 It reads their source and runs none of it. What it finds is a superset: a class name that goes into a file is a finding

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Others look a model up by its type, class, source, fields and attributes: the table is whole, and the answers are right."""
 
 import copy

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """One run on several ranks for all tests of this folder: importing everything takes longer than most of the checks."""
 
 import os

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """What [`test_data_parallel`] runs on several ranks: DDP and FSDP2 as accelerate's configurations ask for them."""
 
 import os

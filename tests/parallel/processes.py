@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Runs a function on several processes of this machine, joined by gloo: one process stands for one device."""
 
 import multiprocessing

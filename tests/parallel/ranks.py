@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Runs functions on several ranks of this machine: one fresh interpreter imports everything once and forks them."""
 
 import multiprocessing

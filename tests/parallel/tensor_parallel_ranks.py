@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """What [`test_sequence_sharding`] runs on several ranks: tensor parallelism, plain and with a sharded sequence."""
 
 import datetime

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """DDP, FSDP2 and distributed checkpoints, as the shipped accelerate configurations ask for them."""
 
 import subprocess

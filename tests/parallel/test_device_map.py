@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """`device_map="auto"` over two devices, which a CPU has not: they are pretended, in a process of its own."""
 
 import pytest

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
 from pipeline_workers import Case, generation_matches, generation_refusals

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """A pipeline computes what the model in one piece computes: losses, gradients, weights; and fails loudly."""
 
 import itertools

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Trains a tiny model through accelerate, in whatever way the launcher's environment asks for.
 
     accelerate launch --config_file ... train_with_accelerate.py FOLDER

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """What [`test_device_map`] runs in a process of its own: a model over two devices that do not exist.
 
 Shapes, dtypes and devices are followed, nothing is computed; where tensors of two devices meet in one operation it fails.

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Small models that a server can hold, prompts for them, and what `generate` answers."""
 
 import contextlib

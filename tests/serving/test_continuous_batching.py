@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Continuous batching of Transformers, which packs the tokens of all sequences into one row, against `generate`."""
 
 import pytest

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """A server sends a config to its workers with the code of its class, since that code is a checkpoint's."""
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The commands and programs of docs/serving.md, run as they stand beside a model of that name, and what they print."""
 
 import itertools

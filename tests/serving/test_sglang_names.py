@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """SGLang's Transformers backend reads tensors by their names on disk, and renames none: the rule, in a few lines."""
 
 import json

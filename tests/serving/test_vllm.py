@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Tokens served by vLLM's Transformers backend, from the checkpoint's own code, against `generate`.
 
 They run in the environment of `make test-vllm`. "Equal" is equal token ids, all of them, greedy and in fp32; the models

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """vLLM in processes of its own, asked by files, with a time limit."""
 
 import contextlib

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Runs vLLM in a process of its own: `python vllm_worker.py jobs.json answers.json`. See `serve` in `vllm_processes.py`.
 
 A job is a dict:

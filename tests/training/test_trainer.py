@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
+# SPDX-License-Identifier: Apache-2.0
 """Trainer on AttnRes models: checkpointing, bf16, accumulation, resuming, saving, and the rates of the groups."""
 
 import pytest
