@@ -38,8 +38,6 @@ class BankPlan:
     Attributes:
         tokens_at_once: sum the rows of phase 1 in parts of so many tokens, row by row: parts stay in a processor's cache,
             and rows that lie apart are faster to read. `None` sums them at once, token by token.
-        reuses_rows: let every group write its rows over those of the group before, for an allocator that maps large
-            tensors into memory afresh each time.
         in_half: score bf16 sources by products that take bf16 and accumulate in fp32.
         alignment: leading dimensions of products are multiples of it.
         floor_channels: how many channels a source gets behind its own in a decode step. The first holds the floor of its
@@ -47,7 +45,6 @@ class BankPlan:
     """
 
     tokens_at_once: int | None = None
-    reuses_rows: bool = False
     in_half: bool = False
     alignment: int = 1
     floor_channels: int = 1
@@ -56,38 +53,31 @@ class BankPlan:
 ANY_DEVICE = BankPlan()
 
 
-def _up_to_multiple(number: int, of: int) -> int:
-    return -(-number // of) * of
-
-
 # --- Rows of phase 1 -------------------------------------------------------------------------------------------------
 
 
 def weighted_sum(
-    weights: torch.Tensor, sources: torch.Tensor, plan: BankPlan = ANY_DEVICE, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`[n, R, B, T]` weights and `[n, B, T, D]` sources to rows `[R, B, T, D]`, one small matrix product per token.
-
-    Args:
-        out: `[R, M, D]`, memory for the rows where `plan` sums them in parts.
-    """
-    per_token, per_source = _per_token(weights, plan.alignment), sources.flatten(1, 2).transpose(0, 1)
+    weights: torch.Tensor, sources: torch.Tensor, plan: BankPlan = ANY_DEVICE
+) -> tuple[torch.Tensor, ...] | list[torch.Tensor]:
+    """`[n, R, B, T]` weights and `[n, B, T, D]` sources to R rows `[B, T, D]`, one small matrix product per token."""
+    n, num_rows = weights.shape[:2]
+    per_token, per_source = weights.flatten(2).permute(2, 1, 0), sources.flatten(1, 2).transpose(0, 1)
+    # Products want `[M, R, n]`, with an aligned leading dimension.
+    aligned = -(-n // plan.alignment) * plan.alignment
+    if aligned == n:
+        per_token = per_token.contiguous()
+    else:
+        per_token = per_token.new_empty(*per_token.shape[:2], aligned)[..., :n].copy_(per_token)
     if plan.tokens_at_once is None:
-        return torch.bmm(per_token, per_source).transpose(0, 1).unflatten(1, sources.shape[1:3])
-    rows = sources.new_empty(weights.shape[1], *per_source.shape[::2]) if out is None else out
+        return torch.bmm(per_token, per_source).transpose(0, 1).unflatten(1, sources.shape[1:3]).unbind(0)
+    rows = [torch.empty_like(sources[0]) for _ in range(num_rows)]
+    flat_rows = [row.flatten(0, 1) for row in rows]
     for start in range(0, len(per_token), plan.tokens_at_once):
         part = slice(start, start + plan.tokens_at_once)
-        rows[:, part].copy_(torch.bmm(per_token[part], per_source[part]).transpose(0, 1))
-    return rows.unflatten(1, sources.shape[1:3])
-
-
-def _per_token(weights: torch.Tensor, alignment: int) -> torch.Tensor:
-    """`[n, R, B, T]` to `[M, R, n]`, as batched products want it."""
-    per_token, n = weights.flatten(2).permute(2, 1, 0), len(weights)
-    if n % alignment == 0:
-        return per_token.contiguous()
-    padded = per_token.new_empty(*per_token.shape[:2], _up_to_multiple(n, alignment))[..., :n]
-    return padded.copy_(per_token)
+        products = torch.bmm(per_token[part], per_source[part]).unbind(1)
+        for row, product in zip(flat_rows, products):
+            row[part] = product
+    return rows
 
 
 class _SumRows(torch.autograd.Function):
@@ -105,15 +95,17 @@ class _SumRows(torch.autograd.Function):
             # Somebody moved or cast the layer's inputs. Otherwise they are views of the bank, and a stack a copy of it.
             ctx.sources = torch.stack(sources)
         rows = weighted_sum(weights, ctx.sources[: len(weights)], bank.plan)
-        return rows, None if sources else link.view_as(link)
+        return None if sources else link.view_as(link), *rows
 
     @staticmethod
     @first_derivative
-    def backward(ctx, rows_gradient, gradient):
+    def backward(ctx, gradient, *rows_gradients):
         (weights,) = ctx.saved_tensors
-        n = len(weights)
-        if rows_gradient is None:
+        n, known = len(weights), [one for one in rows_gradients if one is not None]
+        if not known:
             return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
+        none = torch.zeros_like(known[0]) if len(known) < len(rows_gradients) else None
+        rows_gradient = torch.stack([none if one is None else one for one in rows_gradients])
         per_source = ctx.sources[:n].flatten(1, 2).permute(1, 2, 0)
         per_token = rows_gradient.flatten(1, 2).transpose(0, 1)
         weights_gradient = torch.bmm(per_token, per_source).permute(2, 1, 0).reshape(weights.shape)
@@ -240,7 +232,6 @@ class BlockSummaries:
         self.sources = self.norms = self.scores = self.decode_reads = None
         self.length, self.plan = 0, ANY_DEVICE
         self.link = self._score_link = None
-        self._rows: torch.Tensor | None = None
         self._folded: tuple | None = None
 
     def reset(
@@ -265,7 +256,7 @@ class BlockSummaries:
             self.sources = like.new_empty(shape, dtype=dtype)
             self.norms = like.new_empty(shape[:-1], dtype=wide)
             self.scores = like.new_empty((num_queries, *shape[:-1]), dtype=wide)
-            self._rows = self.decode_reads = None
+            self.decode_reads = None
         if extra > 0:
             self.sources[..., width].copy_(norm_floor)
         if extra > 1:
@@ -355,18 +346,18 @@ class BlockSummaries:
         return scores.transpose(0, 1)
 
     @without_autocast
-    def weighted_sum(self, weights: torch.Tensor, sources: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        """Sums over the live sources with weights `[n, R, B, T]`: `[R, B, T, D]` in the sources' dtype.
+    def weighted_sum(self, weights: torch.Tensor, sources: Sequence[torch.Tensor] = ()) -> Sequence[torch.Tensor]:
+        """Sums over the live sources with weights `[n, R, B, T]`: R rows `[B, T, D]` in the sources' dtype.
 
         Args:
             sources: all of them `[B, T, D]`, as [`append`] returned them, in a layer that is run again in backward.
         """
         weights = weights.to(sources[0].dtype if sources else self.sources.dtype)
         if sources:
-            return _SumRows.apply(None, weights, self, *sources)[0]
+            return _SumRows.apply(None, weights, self, *sources)[1:]
         if self.link is None:
-            return weighted_sum(weights, self.sources[: self.length], self.plan, self._memory_for_rows(weights))
-        rows, self.link = _SumRows.apply(self.link, weights, self)
+            return weighted_sum(weights, self.sources[: self.length], self.plan)
+        self.link, *rows = _SumRows.apply(self.link, weights, self)
         return rows
 
     @without_autocast
@@ -388,21 +379,6 @@ class BlockSummaries:
         return mix
 
     def row_to_keep(self, row: torch.Tensor) -> torch.Tensor:
-        """`row` `[B, T, D]` of [`weighted_sum`], as it may be kept beyond its group.
-
-        A copy where keeping the row would keep all of its group for backward, or where the next group is written over it.
-        """
-        if torch.compiler.is_compiling():
-            return row  # the compiler decides what to keep
-        return row.clone() if torch.is_grad_enabled() or self.plan.reuses_rows else row
-
-    def _memory_for_rows(self, weights: torch.Tensor) -> torch.Tensor | None:
-        """Memory for rows where every group of a forward without gradients writes over those of the group before."""
-        if not self.plan.reuses_rows:
-            return None
-        _, num_rows, batch, tokens = weights.shape
-        shape = (num_rows, batch * tokens, self.sources.shape[-1])
-        size = math.prod(shape)
-        if self._rows is None or len(self._rows) < size:
-            self._rows = self.sources.new_empty(size)
-        return self._rows[:size].view(shape)
+        """`row` `[B, T, D]` of [`weighted_sum`]; for backward a copy, where the row would keep all of its group."""
+        # A compiler decides itself what to keep.
+        return row.clone() if torch.is_grad_enabled() and not torch.compiler.is_compiling() else row

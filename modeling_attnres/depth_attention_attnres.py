@@ -102,8 +102,6 @@ MAX_GROUP_SUBLAYERS = 8
 MANY_TOKENS, MANY_HALF_TOKENS = 1024, 128
 # ...from products over so many tokens, which stay in its cache until then.
 TOKENS_AT_ONCE = 64
-# Tensors this large are mapped into memory on every allocation, which costs more than filling them.
-REUSED_BYTES = 2**24
 # Up to so many tokens a single pass over all sources takes less time than two phases: it moves more bytes in fewer
 # calls. A processor soon pays for the bytes, other devices longer for the calls.
 MAX_DECODE_TOKENS, MAX_DECODE_TOKENS_ON_CPU = 128, 32
@@ -151,12 +149,7 @@ def plan_depth(embedding: torch.Tensor, num_sublayers: int, sublayers_per_block:
     batch, tokens, _ = embedding.shape
     if device == "cpu":
         many = MANY_HALF_TOKENS if embedding.element_size() == 2 else MANY_TOKENS
-        laid_out = batch * tokens >= many
-        group_bytes = MAX_GROUP_SUBLAYERS * embedding.numel() * embedding.element_size()
-        bank = BankPlan(
-            tokens_at_once=TOKENS_AT_ONCE if laid_out else None,
-            reuses_rows=laid_out and not gradients and group_bytes >= REUSED_BYTES,
-        )
+        bank = BankPlan(tokens_at_once=TOKENS_AT_ONCE if batch * tokens >= many else None)
     else:
         # Fast products of half precision need addresses of 16 bytes.
         in_half = dtype == torch.bfloat16 and multiplies_into_fp32(device)
@@ -276,11 +269,12 @@ class DepthStream:
         sublayers: tuple[int, int] | None = None,
     ):
         self.form, self.queries, self.norm_floor, self.bank, self.plan = form, queries, norm_floor, bank, plan
-        self.query_parts = split_queries(queries) if plan.bank.in_half else None
+        self.query_parts = split_queries(queries) if plan.bank.in_half and not plan.one_pass else None
         self.sublayers_per_block = sublayers_per_block
         self.num_sublayers = len(queries) - 1
         self.first, self.last = sublayers or (0, self.num_sublayers)
-        self.groups, self.output_in_group = self._groups(), sublayers_per_block % 2 == 0
+        self.output_in_group = sublayers_per_block % 2 == 0
+        self.groups = self._groups()
         # One past the last query that reads sources here: the output mix follows the last sublayer of the model.
         self.num_readers = self.last + (self.last == self.num_sublayers)
         # The finished sources: with a bank, alias by alias of its slots.
@@ -360,9 +354,9 @@ class DepthStream:
         """The rows `[B, T, D]` and the offsets `[R, B, T]` of phase 1 over several sources, see [`read_again`]."""
         weights, offset = phase_one_weights(scores, self.form)
         if self.plan.uses_bank:
-            return self.bank.weighted_sum(weights, sources).unbind(0), offset
+            return self.bank.weighted_sum(weights, sources), offset
         stacked = torch.stack(sources or self.sources)
-        return weighted_sum(weights.to(stacked.dtype), stacked).unbind(0), offset
+        return weighted_sum(weights.to(stacked.dtype), stacked), offset
 
     def score(self, first: int, last: int) -> torch.Tensor:
         """The scores `[n, R, B, T]` that the queries `[first, last)` give the finished sources."""

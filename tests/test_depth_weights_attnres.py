@@ -201,7 +201,7 @@ def test_a_second_backward_is_refused_with_the_way_out():
         ("cpu", torch.float32, (1, 8), False, BankPlan()),
         ("cpu", torch.float32, (1, 1024), True, BankPlan(tokens_at_once=64)),
         ("cpu", torch.bfloat16, (2, 64), False, BankPlan(tokens_at_once=64)),
-        ("cpu", torch.float32, (1, 2048), False, BankPlan(tokens_at_once=64, reuses_rows=True)),
+        ("cpu", torch.float32, (1, 2048), False, BankPlan(tokens_at_once=64)),
         ("cpu", torch.float32, (1, 2048), True, BankPlan(tokens_at_once=64)),
         ("meta", torch.float32, (4, 4096), True, BankPlan(alignment=8, floor_channels=8)),
         ("meta", torch.bfloat16, (4, 4096), False, BankPlan(alignment=8, in_half=True, floor_channels=8)),
