@@ -105,8 +105,6 @@ TOKENS_AT_ONCE = 64
 # Up to so many tokens a single pass over all sources takes less time than two phases: it moves more bytes in fewer
 # calls. A processor soon pays for the bytes, other devices longer for the calls.
 MAX_DECODE_TOKENS, MAX_DECODE_TOKENS_ON_CPU = 128, 32
-# Runs of tokens over which a compiled backward sums apart.
-TOKEN_RUNS = 32
 
 
 @dataclass
@@ -187,23 +185,6 @@ def sublayer_groups(num_sublayers: int, sublayers_per_block: int) -> list[tuple[
     return groups
 
 
-def token_runs(shape: tuple[int, int]) -> int:
-    """K, into how many runs the tokens `(B, T)` are split where a compiler derives a query's gradient: a sum over tokens.
-
-    The sum has two steps on a GPU. Each run having a query of its own makes the second step, over the runs, one kernel for
-    all queries, where it would be one for each.
-    """
-    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
-        return 1
-    num_tokens = shape[0] * shape[1]
-    return TOKEN_RUNS if num_tokens % TOKEN_RUNS == 0 else 1
-
-
-def _apart(rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The rows of a tensor. A compiler would copy the gradients of `unbind` one by one, each in a kernel."""
-    return [rows[index] for index in range(len(rows))] if torch.compiler.is_compiling() else rows.unbind(0)
-
-
 # --- The depth stream ------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +198,7 @@ class DepthRead:
     Accelerate moves what has a `to` with a layer's other inputs.
 
     Args:
-        query: `[1, D]`, its folded query, in at least fp32, or `[K, D]`, see [`token_runs`].
+        query: `[1, D]`, its folded query, in at least fp32.
         query_parts: `[3, D]`, the same in bf16 parts, or `None`, see [`split_queries`].
         row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1; `None` for a sum known to be zero.
         offset: `[B, T, 1]`, what puts the scores of later sources on the scale of the row, in at least fp32.
@@ -346,8 +327,7 @@ class DepthStream:
         parts, norm_floor = [None] * len(queries), self.norm_floor.to(queries.device)
         if self.query_parts is not None:
             parts = self.query_parts[first : first + len(queries)].to(queries.device).unbind(0)
-        of_runs = queries.unsqueeze(1).expand(-1, token_runs(scores.shape[2:]), -1)
-        of_reads = zip(_apart(of_runs), parts, rows, _apart(offset.unsqueeze(-1)))
+        of_reads = zip(queries.unsqueeze(1).unbind(0), parts, rows, offset.unsqueeze(-1).unbind(0))
         return [DepthRead(*of_read, scores, position, norm_floor) for position, of_read in enumerate(of_reads)]
 
     def sum_rows(self, scores: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> tuple[Sequence, torch.Tensor]:

@@ -181,8 +181,7 @@ def score_source(
     """A source's product with a query, and its floored norm: their quotient is the score.
 
     Args:
-        query: `[1, D]`, folded, in at least fp32. Where gradients are derived `[K, D]`: the same for each of K runs of
-            tokens, see [`token_runs`].
+        query: `[1, D]`, folded, in at least fp32.
         source: `[B, T, D]`.
         query_parts: `[3, D]`, the query by [`split_queries`], where the device multiplies bf16 matrices into fp32.
 
@@ -191,8 +190,7 @@ def score_source(
     """
     if derives_gradients():  # a compiler fuses this sum, but no matrix product, with the other passes over the source
         values = source.to(query.dtype)
-        dot = (values.reshape(len(query), -1, values.shape[-1]) * query.unsqueeze(1)).sum(-1)
-        return dot.view(*source.shape[:-1], 1), source_norm(values, norm_floor)
+        return (values * query).sum(-1, keepdim=True), source_norm(values, norm_floor)
     if query_parts is not None:
         dot = product_in_fp32(query_parts, source.flatten(0, 1).T).sum(0).view(*source.shape[:-1], 1)
         return dot, source_norm(source, norm_floor)
