@@ -57,19 +57,19 @@ def _part_loss(model: PreTrainedModel, mix: torch.Tensor, targets: torch.Tensor)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).sum(-1)
 
 
-def next_token_losses(model: PreTrainedModel, mix: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean nats per predicted token of R variants.
+def sequence_losses(model: PreTrainedModel, mix: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Mean nats per predicted token, by sequence.
 
     Args:
-        mix: `[R * B, T, D]`, what the output mixes come to.
+        mix: `[B, T, D]`, the output mix.
         input_ids: `[B, T]`.
 
     Returns:
-        `[R]` in fp64.
+        `[B]` in fp64.
     """
-    targets = input_ids[:, 1:].repeat(len(mix) // len(input_ids), 1)
+    targets = input_ids[:, 1:]
     parts = [_part_loss(model, mix[part], targets[part]).double() for part in _in_parts(model, *mix.shape[:2])]
-    return torch.cat(parts).view(-1, len(input_ids)).sum(-1) / input_ids[:, 1:].numel()
+    return torch.cat(parts) / targets.shape[1]
 
 
 # --- Exact effects ---------------------------------------------------------------------------------------------------
@@ -114,7 +114,8 @@ def _variants(
             gates[sublayer] = torch.ones(shape, device=input_ids.device)
         gates[sublayer][source, variant * batch : (variant + 1) * batch] = 0
     depth, state = _run(decoder, start.repeated(len(removed)), decoder.config.num_hidden_layers, gates, ablate)
-    return next_token_losses(model, depth.mix_output(state)[0], input_ids)
+    losses = sequence_losses(model, depth.mix_output(state)[0], input_ids.repeat(len(removed), 1))
+    return losses.view(len(removed), batch).mean(-1)
 
 
 @torch.no_grad()
@@ -164,7 +165,7 @@ def causal_effects(
                 progress.update(len(part))
             depth, state = _run(decoder, snapshot, layer + 1, {}, ablate)
             snapshot = Snapshot(layer + 1, state, depth.sources)
-    loss = next_token_losses(model, depth.mix_output(state)[0], input_ids).item()
+    loss = sequence_losses(model, depth.mix_output(state)[0], input_ids).mean().item()
     return effects - loss, loss
 
 

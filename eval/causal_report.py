@@ -6,6 +6,7 @@ Letters: L sublayers, N blocks, n pairs.
 """
 
 import csv
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,16 +69,20 @@ def rank_correlation(
     pairs = tuple(values[both].double().numpy() for values in (first, second))
     if len(pairs[0]) < 3 or any(np.ptp(values) == 0 for values in pairs):
         return None
-    drawn = stats.bootstrap(
-        pairs,
-        _spearman,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=1000,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", stats.DegenerateDataWarning
+        )  # of resamples of one pair repeated, left out below
+        drawn = stats.bootstrap(
+            pairs,
+            _spearman,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=1000,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).bootstrap_distribution
     low, high = np.nanquantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return RankCorrelation(float(_spearman(*pairs)), float(low), float(high), len(pairs[0]))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_backbones import VOCAB_SIZE, tiny_backbone, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from words import random_text, word_tokenizer
 
 from modeling_attnres.eval.ablation import connections
 from modeling_attnres.eval.causal import causal_effects, causal_estimates
@@ -22,17 +22,13 @@ from modeling_attnres.eval.inspect_model import main, read_sequences
 def folder(tmp_path_factory):
     """An AttnRes model, a PreNorm model, both with a tokenizer of single words, and a text."""
     folder = tmp_path_factory.mktemp("inspect")
-    words = [f"w{index}" for index in range(VOCAB_SIZE)]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+    tokenizer = word_tokenizer()
     tiny_model("llama", 2).save_pretrained(folder / "attnres")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_backbone("llama")).save_pretrained(folder / "prenorm")
     for name in ("attnres", "prenorm"):
         tokenizer.save_pretrained(folder / name)
-    ids = torch.randint(0, VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(2)).tolist()
-    (folder / "text.txt").write_text(" ".join(words[index] for index in ids))
+    (folder / "text.txt").write_text(random_text())
     return folder
 
 
