@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,26 +76,28 @@ def test_a_sublayer_that_does_nothing_is_dropped_without_loss(folder, tmp_path, 
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w7")["input_ids"] == [7]
 
 
-@pytest.mark.parametrize(("unit", "sublayers"), [("layer", 4), ("block", 4)])
-def test_what_is_taken_out_is_out_of_the_files_and_loads_everywhere(folder, tmp_path, capsys, unit, sublayers):
-    drop = {"layer": 2, "block": 1}[unit]
-    assert pruned(folder, tmp_path / "out", "--unit", unit, drop=drop) == 0
-    assert f"dropped     {unit}s " in capsys.readouterr().out
-    found = json.loads((tmp_path / "out" / "pruning.json").read_text())
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["num_hidden_layers"] == (NUM_SUBLAYERS - sublayers) // 2
-    assert config["dtype"] == "bfloat16"
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert weights["model.depth_attention.query"].shape[0] == NUM_SUBLAYERS - sublayers
-    assert found["parameters"]["after"] == sum(map(torch.numel, weights.values())) < found["parameters"]["before"]
-    assert found["parameters"]["zeroed"] == 0
-
-    job = {"source": str(tmp_path / "out"), "auto_class": "AutoModelForCausalLM", "inputs": tiny_inputs().tolist()}
-    job |= {"again": str(tmp_path / "again"), "results": str(tmp_path / "results.safetensors")}
-    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+def test_what_is_taken_out_is_out_of_the_files_and_loads_everywhere(folder, tmp_path, capsys):
+    jobs = []
+    for unit, drop in (("layer", 1), ("block", 1)):
+        out = tmp_path / unit
+        assert pruned(folder, out, "--unit", unit, drop=drop) == 0
+        assert f"dropped     {unit}s " in capsys.readouterr().out
+        found, config = (json.loads((out / name).read_text()) for name in ("pruning.json", "config.json"))
+        left = NUM_SUBLAYERS - {"layer": 2, "block": 4}[unit]
+        assert config["num_hidden_layers"] == left // 2
+        assert config["dtype"] == "bfloat16"
+        weights = load_file(out / "model.safetensors")
+        assert weights["model.depth_attention.query"].shape[0] == left
+        parameters = found["parameters"]
+        assert parameters["after"] == sum(map(torch.numel, weights.values())) < parameters["before"]
+        assert parameters["zeroed"] == 0
+        job = {"source": str(out), "auto_class": "AutoModelForCausalLM", "inputs": tiny_inputs().tolist()}
+        jobs.append(job | {"again": f"{out}-again", "results": f"{out}.safetensors"})
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     run_python(LOADER, tmp_path / "jobs.json", folder=tmp_path, HF_HUB_OFFLINE="1")
-    for turn in load_results(tmp_path / "results.safetensors").values():
-        assert torch.equal(turn["logits"], logits(tmp_path / "out"))
+    for job in jobs:
+        for turn in load_results(Path(job["results"])).values():
+            assert torch.equal(turn["logits"], logits(job["source"]))
 
 
 def no_such_model(folder):
