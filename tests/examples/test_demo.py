@@ -30,7 +30,7 @@ def wheel(tmp_path_factory) -> Path:
     return folder / "tiny.whl"
 
 
-def test_it_converts_generates_trains_and_draws(wheel, tmp_path, capsys):
+def test_it_converts_generates_trains_and_draws(wheel, tmp_path, capsys, monkeypatch):
     settings = [
         "--steps",
         "2",
@@ -44,14 +44,15 @@ def test_it_converts_generates_trains_and_draws(wheel, tmp_path, capsys):
         "1e-2",
         "--json",
     ]
-    assert demo.main(["--wheel", str(wheel), "--output", str(tmp_path), *settings]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["--wheel", str(wheel), "--output", "out/demo", *settings]) == 0
     captured = capsys.readouterr()
     figures = json.loads(captured.out)
     assert figures["conversion"]["parity"]["given text"]["max_logit_difference"] == 0.0
     assert figures["loss"][0] != figures["loss"][1]
     assert f"Why is the sky blue?\n{figures['text']}\n" in captured.err
-    assert (tmp_path / "depth-weights.png").read_bytes().startswith(b"\x89PNG")
-    rows = list(csv.reader((tmp_path / "depth-weights-after-2-steps.csv").open()))
+    assert (tmp_path / "out" / "demo" / "depth-weights.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.reader((tmp_path / "out" / "demo" / "depth-weights-after-2-steps.csv").open()))
     assert rows[0] == ["reader", "embedding", "block_0", "block_1"]
     assert len({float(weight) for weight in rows[-1][1:]}) == 3  # no longer equal
 
