@@ -22,6 +22,8 @@ from transformers.utils import logging
 from modeling_attnres import AttnResConfig
 from modeling_attnres.backbone_attnres import backbone_class, judged_backbones
 from modeling_attnres.command_line import Result, ToolParser, run_tool
+from modeling_attnres.tables import markdown_table
+from modeling_attnres.text_files import write_text
 
 
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
@@ -88,20 +90,21 @@ def find_backbones() -> tuple[list[Backbone], dict[str, list[str]], list[str]]:
 
 def to_markdown(rows: list[Backbone], refused: dict[str, list[str]], unjudged: list[str]) -> str:
     """The table, and the lists of what is refused and what was not judged."""
-    lines = [
-        f"Transformers {transformers.__version__}: {len(rows)} supported, {sum(map(len, refused.values()))} refused.",
-        "",
-        "| model type | class | mixture of experts | token mixers | remarks |",
-        "|---|---|---|---|---|",
+    supported = [
+        (f"`{row.model_type}`", f"`{row.architecture}`", row.experts, ", ".join(row.token_mixers), row.remarks)
+        for row in rows
     ]
-    for row in rows:
-        mixers = ", ".join(row.token_mixers)
-        lines.append(f"| `{row.model_type}` | `{row.architecture}` | {row.experts} | {mixers} | {row.remarks} |")
-    lines += ["", "## Refused", "", "| reason | model types |", "|---|---|"]
     # Some reasons quote a class, which Markdown would take for HTML.
-    lines += [f"| {reason.replace('<', '&lt;')} | {_names(names)} |" for reason, names in refused.items()]
-    lines += ["", "## Not judged", "", "Their default configuration does not build a model; that of a checkpoint may:"]
-    return "\n".join([*lines, f"{_names(unjudged)}.", ""])
+    reasons = [(reason.replace("<", "&lt;"), _names(names)) for reason, names in refused.items()]
+    parts = [
+        f"Transformers {transformers.__version__}: {len(rows)} supported, {sum(map(len, refused.values()))} refused.",
+        markdown_table(("model type", "class", "mixture of experts", "token mixers", "remarks"), supported),
+        "## Refused",
+        markdown_table(("reason", "model types"), reasons),
+        "## Not judged",
+        f"Their default configuration does not build a model; that of a checkpoint may:\n{_names(unjudged)}.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _names(names: list[str]) -> str:
@@ -139,9 +142,7 @@ def run(arguments: argparse.Namespace) -> Result:
     rows, refused, unjudged = find_backbones()
     text = table = to_markdown(rows, refused, unjudged)
     if parts is not None:
-        partial = page.with_name(f".{page.name}.partial")
-        partial.write_text(parts[0] + table + parts[2], encoding="utf-8")
-        partial.replace(page)
+        write_text(page, parts[0] + table + parts[2])
         text = f"wrote {page}"
     return Result(text, {"supported": [asdict(row) for row in rows], "refused": refused, "not judged": unjudged})
 

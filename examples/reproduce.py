@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_attnres.command_line import Result, ToolParser, run_tool
+from modeling_attnres.tables import markdown_table
 from modeling_attnres.training import read_metrics
 
 
@@ -164,11 +165,8 @@ def write_table(rows: list[dict], path: Path):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        cells = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()]
-        print("| " + " | ".join(cells) + " |")
-    print()
+    cells = [[f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    print(markdown_table(list(rows[0]), cells), end="\n\n")
 
 
 def report(output: Path, folder: Path):

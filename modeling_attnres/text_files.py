@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
 # SPDX-License-Identifier: Apache-2.0
-"""The text that `--text` names, for every tool and example that reads one."""
+"""Text files: those that `--text` names, for every tool and example that reads one, and those that are written."""
 
 from pathlib import Path
 
@@ -33,3 +33,11 @@ def load_texts(path: Path) -> list[str]:
     if not any(texts):
         raise ValueError(f"`--text` must be a text file or a folder with *.txt files, got {path}.")
     return texts
+
+
+def write_text(path: Path, text: str):
+    """Writes a file in UTF-8, and its folder if need be. The file is complete, or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
