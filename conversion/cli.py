@@ -16,7 +16,7 @@ from .report import ConversionReport
 from .targets import ATTNRES, PRENORM
 
 
-MAX_NAMES = 8  # that are printed one by one
+MAX_NAMES = 8  # names printed one by one; longer lists are counted
 
 
 def build_parser() -> ToolParser:

@@ -176,7 +176,7 @@ def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Modu
     In training mode, so that a dropout of the forward itself shows too.
     """
     probe = copy.copy(module)
-    # Whoever hooks into a module that runs (the library records outputs so) hooks into the copy alone.
+    # Hooks on modules that run (the library records outputs with them) reach the copy alone.
     hooks = {name: copy.copy(value) for name, value in vars(module).items() if name.endswith("_hooks")}
     probe.__dict__ = {**module.__dict__, **hooks, "_modules": dict(children), "training": True}
     return probe
@@ -219,7 +219,7 @@ def _probe_model(backbone: PreTrainedModel) -> list[dict[str, Any]]:
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, :2] = 0
     position_ids = torch.arange(_TOKENS).unsqueeze(0)
-    # A real cache: with none, every name for it would do.
+    # A real cache: without one, any name of the argument would pass.
     cache = DynamicCache(config=backbone.config)
     output = _with_children(backbone, stand_ins)(
         input_ids=input_ids,

@@ -14,7 +14,7 @@ A tool is a parser and a function:
     1    a check of the result failed
     2    wrong use: an argument, a file or a model that the tool cannot work with
     130  interrupted (128 + SIGINT)
-    141  whoever read the output closed it (128 + SIGPIPE)
+    141  the reader of the output closed it (128 + SIGPIPE)
 
 Errors are one line on stderr that names the argument, the rule and the value. Python's own traceback is left to
 exceptions that no input should cause.

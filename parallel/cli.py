@@ -23,7 +23,7 @@ from .plan import (
 from .weights import count_bytes, count_kimi_k3_file, count_weights
 
 
-KEPT = tuple(reversed(CACHING))  # from nothing to everything
+KEPT = tuple(reversed(CACHING))  # from the one that keeps nothing to the one that keeps everything
 
 
 def build_parser() -> ToolParser:

@@ -54,7 +54,7 @@ class JsonlMetrics(TrainerCallback):
             self._records = {}
             if self.path.exists():
                 self._records = {_key(record): record for record in read_metrics(self.path)}
-                self._rewrite()  # without what a killed process left of its last line
+                self._rewrite()  # drop the half line that a killed process left
         return self._records
 
     def _rewrite(self):
@@ -113,7 +113,7 @@ def plot_metrics(
     if not curves:
         raise ValueError(f"`keys` must name metrics of the records, got {list(keys)} for {list(runs.values())}.")
 
-    # Without pyplot: no display, and the user's backend stays as it is.
+    # pyplot would need a display or change the user's backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
