@@ -63,7 +63,7 @@ bench: install
 
 # Probes every decoder of the installed Transformers; writes docs/backbones.md.
 backbones: install
-	$(BIN)/python -m modeling_attnres.conversion.backbone_table --page docs/backbones.md
+	$(BIN)/python -m modeling_attnres.conversion.backbone_table --document docs/backbones.md
 
 lint: install
 	$(BIN)/ruff check .
