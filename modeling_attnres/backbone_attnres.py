@@ -106,10 +106,18 @@ def backbone_problem(model_type: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def supported_backbones() -> tuple[str, ...]:
-    """Model types of this Transformers installation that can be a backbone, each built and probed (about a minute)."""
+def judged_backbones() -> dict[str, str | None]:
+    """[`backbone_problem`] of every model type with a language model in this Transformers installation.
+
+    Each is built and probed, which takes about a minute in all.
+    """
     causal = {config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING if config in MODEL_MAPPING}
-    return tuple(sorted(name for name in causal if name in CONFIG_MAPPING and backbone_problem(name) is None))
+    return {name: backbone_problem(name) for name in sorted(causal) if name in CONFIG_MAPPING}
+
+
+def supported_backbones() -> tuple[str, ...]:
+    """Model types of this Transformers installation that can be a backbone (the first call takes about a minute)."""
+    return tuple(name for name, problem in judged_backbones().items() if problem is None)
 
 
 @contextmanager

@@ -33,7 +33,9 @@ def test_stores_sources_norms_and_scores():
     expected = (stacked @ queries.T / bank.norms[:3].unsqueeze(-1)).movedim(-1, 1)
     torch.testing.assert_close(bank.score(0, 5), expected)
     weights = torch.rand(3, 2, 2, 3)  # [n, R, B, T]
-    torch.testing.assert_close(torch.stack(bank.weighted_sum(weights)), torch.einsum("nrbt,nbtd->rbtd", weights, stacked))
+    torch.testing.assert_close(
+        torch.stack(bank.weighted_sum(weights)), torch.einsum("nrbt,nbtd->rbtd", weights, stacked)
+    )
 
 
 def test_low_precision_sources_are_scored_in_fp32():

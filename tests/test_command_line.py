@@ -3,28 +3,36 @@
 """What all command-line tools share: options, one line per error, exit codes, where output goes."""
 
 import argparse
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from modeling_attnres import UnsupportedBackboneError, __version__
 from modeling_attnres.command_line import (
     DTYPES,
+    SHARED,
     Result,
     ToolParser,
     available_device,
     dtype_name,
     positive_number,
+    rate,
     run_tool,
     whole_number,
 )
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 TOOLS = {point.name: point for point in entry_points(group="console_scripts") if point.name.startswith("attnres-")}
 
 
@@ -105,6 +113,27 @@ def test_where_output_goes(capsys, options, out, err):
     assert (captured.out, captured.err) == (out, err)
 
 
+def counting(arguments):
+    for _ in tqdm(range(3), desc="Counting", disable=False):
+        pass
+    return Result("", None)
+
+
+@pytest.mark.parametrize(("terminal", "options"), [(True, ()), (False, ("--progress",)), (True, ("--progress",))])
+def test_progress_is_shown_on_a_terminal_or_on_request(terminal, options, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert run(counting, *options) == 0
+    assert "Counting: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--quiet",), ("--quiet", "--progress")])
+def test_no_progress_is_shown_elsewhere(options, capsys):
+    construct = tqdm.__init__
+    assert run(counting, *options) == 0
+    assert capsys.readouterr() == ("", "")
+    assert tqdm.__init__ is construct
+
+
 def test_figures_that_json_cannot_say_are_an_error(capsys):
     assert run(lambda arguments: Result("", {"figure": float("nan")}), "--json") == 2
     captured = capsys.readouterr()
@@ -153,6 +182,20 @@ def test_values():
     assert positive_number("1e-3") == 0.001
     with pytest.raises(argparse.ArgumentTypeError, match="must be at least 2, got 1"):
         whole_number(2)("1")
+    assert [rate("0"), rate("2e-4")] == [0.0, 2e-4]
+    for text in ("-1", "inf", "nan", "fast"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"must be a number of at least 0, got '{text}'"):
+            rate(text)
+
+
+def test_former_spellings_are_understood_and_not_shown(capsys):
+    parser = ToolParser(prog="tool")
+    parser.add_shared("--tokens", former=("--length",), help="of a sequence")
+    assert parser.parse_args(["--length", "3"]).tokens == parser.parse_args(["--tokens", "3"]).tokens == 3
+    assert "--length" not in parser.format_help()
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--length", "0"])
+    assert "argument --tokens: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_options_of_all_tools_stand_before_or_after_a_command():
@@ -172,6 +215,63 @@ def test_the_tools_that_there_are():
         "attnres-plan",
         "attnres-prune",
     ]
+
+
+# --- All tools and examples ------------------------------------------------------------------------------------------
+
+MODULES = ("conversion.backbone_table", "parallel.count_bytes")  # run by `python -m`
+
+# Where a tool gives an option another form: `compare` can write the figures to a file, and a loss needs two tokens.
+OTHER_FORMS = {("attnres-eval compare", "--json"), ("attnres-inspect", "--tokens")}
+
+
+def programs() -> list[str]:
+    """Names of all tools, and of the modules and examples that are run."""
+    examples = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*/__main__.py")]
+    names = [
+        ".".join(path.relative_to(EXAMPLES).with_suffix("").parts)
+        for path in sorted(examples)
+        if "__main__" in path.read_text(encoding="utf-8")
+    ]
+    return [*TOOLS, *(f"modeling_attnres.{name}" for name in MODULES), *names]
+
+
+def parsers_of(name: str) -> list[argparse.ArgumentParser]:
+    """The parser of a program, and of its commands."""
+    module = TOOLS[name].load().__globals__ if name in TOOLS else vars(importlib.import_module(name))
+    assert "build_parser" in module, f"{name} has no `build_parser`"
+    parser = module["build_parser"]()
+    commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(parser for action in commands for parser in action.choices.values())]
+
+
+# What earlier versions and other projects call what is shared.
+SECOND_NAMES = {"--out", "--output-dir", "--device-map", "--precision", "--batch", "--length", "--block-size"}
+SECOND_NAMES |= {"--eval-steps", "--save-steps", "--activation-checkpointing", "--learning-rate", "--max-steps"}
+
+
+@pytest.mark.parametrize("name", programs())
+def test_one_way_of_speaking(name):
+    for parser in parsers_of(name):
+        assert isinstance(parser, ToolParser)
+        for action in parser._actions:
+            check_option(parser.prog, action)
+
+
+def check_option(prog: str, action: argparse.Action):
+    (*_, name) = action.option_strings or [action.metavar or "{" + ",".join(action.choices) + "}"]
+    assert action.help, f"{name} has no help"
+    assert not action.help.endswith("."), name
+    if not action.option_strings:
+        assert name == name.upper() or action.choices, name
+        return
+    assert re.fullmatch("--[a-z0-9]+(-[a-z0-9]+)*", name)
+    assert name not in SECOND_NAMES
+    if name in SHARED and (prog, name) not in OTHER_FORMS:
+        due = argparse.ArgumentParser().add_argument(name, **SHARED[name])
+        assert type(action) is type(due), name
+        for field in ("type", "choices", "nargs", "metavar"):
+            assert getattr(action, field) == getattr(due, field), (name, field)
 
 
 @pytest.mark.parametrize("name", TOOLS)
