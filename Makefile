@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench lint wheel clean
+.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench docs lint wheel clean
 
 install: .venv/installed
 
@@ -54,6 +54,14 @@ test-oldest: install
 
 bench: install
 	$(BIN)/attnres-bench --published --output build/bench
+
+# The site, in build/site. A broken link, an unknown reference or a resource from another host fails the build.
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs/site -d build/site-cache . build/site
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -35,7 +35,8 @@ def build_parser() -> ToolParser:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models are timed")
     parser.add_argument("--batch", type=positive_int, default=1)
     parser.add_argument("--tokens", type=positive_int, default=512, help="prompt, sequence or KV cache length")
-    parser.add_argument("--rounds", type=positive_int, default=None, help=f"default by mode: {DEFAULT_ROUNDS}")
+    rounds = ", ".join(f"{mode} {count}" for mode, count in DEFAULT_ROUNDS.items())
+    parser.add_argument("--rounds", type=positive_int, default=None, help=f"default by mode: {rounds}")
     parser.add_argument("--threads", type=positive_int, default=1)
     parser.add_shared("--seed", default=0, help="of the weights (default: %(default)s)")
     parser.add_argument(
