@@ -20,7 +20,6 @@ PAGES = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "configuration/*.md", "conversion/*.md", "eval/**/*.md")
     for path in ROOT.glob(pattern)
-    if path.parent != DOCS / "site"
 )
 RUN = [DOCS / name for name in ("index.md", "quickstart.md", "how-it-works.md")] + sorted(
     (DOCS / "tutorials").glob("*.md")

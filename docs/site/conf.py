@@ -29,7 +29,6 @@ include_patterns = [
     "docs/**.md",
     "eval/**.md",
 ]
-exclude_patterns = ["docs/site"]
 
 extensions = [
     "myst_parser",
@@ -57,6 +56,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 html_theme = "furo"

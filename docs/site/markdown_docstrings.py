@@ -57,6 +57,9 @@ def _blocks(lines: list[str]) -> Iterator[str]:
                 literal = True
                 yield from ("::", "")
             yield line if literal else to_inline(line)
+            if line.strip() == "Returns:" and not lines[position + 1].lstrip().startswith("`"):
+                # Nothing, so that napoleon does not take the words before a colon for a type.
+                yield f"{' ' * (indent + 4)}\\ "
         previous, before = line, line if line and not literal else before
 
 

@@ -41,6 +41,15 @@ def test_indented_code_is_literal_and_sections_are_not():
     assert to_rst(lines) == expected
 
 
+def test_prose_that_is_returned_has_no_type():
+    assert to_rst(["Returns:", "    All of them: first `a`."]) == [
+        "Returns:",
+        "    \\ ",
+        "    All of them: first ``a``.",
+    ]
+    assert to_rst(["Returns:", "    `[B]`: them."]) == ["Returns:", "    ``[B]``: them."]
+
+
 def test_a_list_with_paragraphs_is_no_code():
     lines = ["- one", "", "    still `one`"]
     assert to_rst(lines) == ["- one", "", "    still ``one``"]
