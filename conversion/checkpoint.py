@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 
-# What the safetensors library itself accepts at most; a larger one is an attack or damage.
+# The safetensors library's own limit; a larger header is damage or an attack.
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 
@@ -35,7 +35,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Other dtypes of the format: numbers of fewer bits, which mean something with their scales only.
+# Other dtypes of the format: numbers of few bits, meaningless without their scales.
 QUANTISED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections import Counter
 
-from modeling_attnres.command_line import Result, ToolParser, positive_int, run_tool
+from modeling_attnres.command_line import Result, ToolParser, run_tool
 
 from .checkpoint import ConversionError
 from .convert_checkpoint import convert
@@ -16,7 +16,7 @@ from .report import ConversionReport
 from .targets import ATTNRES, PRENORM
 
 
-MAX_NAMES = 8  # that are printed one by one
+MAX_NAMES = 8  # names printed one by one; longer lists are counted
 
 
 def build_parser() -> ToolParser:
@@ -24,16 +24,14 @@ def build_parser() -> ToolParser:
         prog="attnres-convert",
         description="Turn a pretrained PreNorm model into an Attention Residuals model that computes the same.",
     )
-    parser.add_argument("source", help="checkpoint folder, .gguf file, or model id on the Hub")
-    parser.add_argument("out", help="folder to create")
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, .gguf file, or model id on the Hub")
+    out = parser.add_mutually_exclusive_group(required=True)
+    out.add_argument("out", nargs="?", metavar="OUT", help="folder to create")
+    parser.add_shared("--output", group=out, dest="out", default=argparse.SUPPRESS, help="the same as OUT")
     blocks = parser.add_mutually_exclusive_group()
-    blocks.add_argument("--num-blocks", type=positive_int, metavar="N", help="blocks of depth (default: 8)")
-    blocks.add_argument(
-        "--sublayers-per-block", type=positive_int, metavar="S", help="sublayers per block; 1 is Full AttnRes"
-    )
-    parser.add_argument(
-        "--depth-weights", choices=["sum", "mean"], help="'sum' (default) is lossless, 'mean' the paper's"
-    )
+    parser.add_shared("--num-blocks", group=blocks, help="blocks of depth (default: 8)")
+    parser.add_shared("--sublayers-per-block", group=blocks, help="sublayers per block; 1 is Full AttnRes")
+    parser.add_shared("--depth-weights", help="'sum' (default) is lossless, 'mean' the paper's")
     targets = parser.add_mutually_exclusive_group()
     targets.add_argument(
         "--to-prenorm",

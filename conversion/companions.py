@@ -31,7 +31,7 @@ WEIGHT_ENDINGS = (
 )
 _WEIGHTS = re.compile(rf"\.({'|'.join(map(re.escape, WEIGHT_ENDINGS))})$|\.index(\.\w+)?\.json$", re.IGNORECASE)
 _NOT_OF_THE_MODEL = (".git", ".cache", "__pycache__")
-# Written for the result where they belong, whatever the source has under these names: config, card, report, code.
+# Never copied from the source: the conversion writes its own config, card, report and code under these names.
 _CODE = Path(modeling_attnres.__file__).parent.glob("*_attnres.py")
 _WRITTEN = {"config.json", CARD, REPORT, *(file.name for file in _CODE)}
 
@@ -98,7 +98,7 @@ def _write_generation_config(config: dict[str, Any] | PreTrainedConfig, folder: 
         raise CheckpointError(
             f"{folder / 'config.json'}: its generation defaults are not valid ({first_line(error)})."
         ) from error
-    # Not `save_pretrained`: it refuses combinations that the library loads with a warning, as it does for the source.
+    # `save_pretrained` would refuse combinations that the library loads with a warning.
     defaults.to_json_file(result / GENERATION_CONFIG)
 
 

@@ -172,7 +172,7 @@ def detect_dialect(checkpoint: Checkpoint) -> str | None:
     for dialect in DIALECTS.values():
         if any(fields.get(dialect.block_field) is not None for fields in (config, text_config)):
             return dialect.name
-    # Without depth attention, too, the files are Kimi K3's: the library would take the model for a kimi_linear.
+    # Files without depth attention are Kimi K3's too: the library would load them as a kimi_linear.
     is_linear = config.get("model_type") == KIMI_LINEAR and is_kimi_k3(config, checkpoint.tensors)
     return KIMI_K3.name if is_linear or config.get("model_type") == OUTER_TYPE else None
 

@@ -51,7 +51,7 @@ class FetchedSource:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as a user of the source gets it; code that came with the source is not run."""
         place, keywords = self.location
-        if self.repo_id is not None:  # the library's choice of a class may depend on the name
+        if self.repo_id is not None:  # the library may choose a class by the name
             with suppress(ValueError):  # a model type without a class: the library takes the tokenizer's files alone
                 config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
                 config.name_or_path = self.repo_id

@@ -41,7 +41,7 @@ def unpack_gguf(file: Path, folder: Path, dtype: torch.dtype | None):
         )
     _check_all_read(file, reader, loaded, sorted(info["unexpected_keys"]), dtype)
     _check_rope_read(file, reader, loaded.config)
-    # What was loaded is flagged as quantised and refuses to be saved: its weights go into a plain model.
+    # The loaded model is flagged as quantised and cannot be saved, so its weights go into a plain model.
     config = loaded.config
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -55,7 +55,7 @@ def unpack_gguf(file: Path, folder: Path, dtype: torch.dtype | None):
 def _save_tokenizer(file: Path, folder: Path):
     try:
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    except Exception as error:  # the library raises whatever it meets
+    except Exception as error:  # the library raises exceptions of any class
         raise CheckpointError(
             f"{file}: Transformers cannot read the tokenizer of this GGUF file ({type(error).__name__}: "
             f"{first_line(error)})."
@@ -65,14 +65,14 @@ def _save_tokenizer(file: Path, folder: Path):
 def _open(file: Path) -> Any:
     """The `gguf.GGUFReader` of a file."""
     try:
-        from gguf import GGUFReader  # an extra: whoever converts no GGUF files does without
+        from gguf import GGUFReader  # an extra, which only GGUF files need
     except ImportError as error:
         raise ConversionError(
             f"Reading {file} needs the `gguf` package: pip install 'modeling-attnres[gguf]'."
         ) from error
     try:
         return GGUFReader(file)
-    except Exception as error:  # the reader unpacks what it finds, and raises whatever comes of it
+    except Exception as error:  # the reader does not check what it unpacks, and raises exceptions of any class
         raise CheckpointError(
             f"{file}: not a sound GGUF file ({type(error).__name__}: {first_line(error)})."
         ) from None
@@ -128,7 +128,7 @@ def _check_all_read(file: Path, reader: Any, model: PreTrainedModel, unexpected:
     if not unexpected:
         if sum(int(tensor.n_elements) for tensor in stored) == sum(map(torch.numel, parameters.values())):
             return
-        # Transformers reorders rows, so what tells which were read must not depend on the order of numbers.
+        # Transformers reorders rows, so the check for tensors that were read must not depend on the order of numbers.
         read = {_fingerprint(tensor) for tensor in parameters.values()}
         for tensor in stored:
             values = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).to(dtype)

@@ -26,9 +26,9 @@ from .source import Source
 
 NUM_FIXED_TOKENS = 48
 ALIGNMENT_BYTES = 64
-# Twice this is in memory while a model is loaded whole: what fits beside the memory that writing a shard needs.
+# Loading a model whole takes twice this. It is what writing a shard needs anyway.
 WHOLE_MODEL_BYTES = 400_000_000
-# What a config says about its file, not about the model in it.
+# Fields that describe the file, not the model.
 _OF_A_FILE = ("architectures", "auto_map", "transformers_version", "_name_or_path", "dtype")
 
 
@@ -67,7 +67,7 @@ def tokenize(load_tokenizer: Callable[[], PreTrainedTokenizerBase], text: str) -
     """`[1, T]` token ids of `text` by the source's tokenizer."""
     try:
         tokens = load_tokenizer()(text, return_tensors="pt").input_ids
-    except Exception as error:  # files of all kinds are parsed by libraries that raise whatever they meet
+    except Exception as error:  # the parsers of these files raise exceptions of any class
         raise ConversionError(
             f"`check_text` needs the source's tokenizer, which does not load: {first_line(error)}"
         ) from error

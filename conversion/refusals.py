@@ -20,13 +20,13 @@ from .checkpoint import Checkpoint, CheckpointError, ConversionError, read_json,
 
 _QUANTISATION_FIELDS = ("quantization_config", "compression_config", "quantization")
 _QUANTISATION_FILE = re.compile(r".*quant.*config\.json", re.IGNORECASE)
-# Names of what quantised formats keep beside their weights. The library's own backbones have none of them.
+# Names of tensors that quantised formats keep beside their weights. No backbone of the library has them.
 _QUANTISED_NAMES = re.compile(
     r"(weight_scale(_inv|_2)?|input_scale|output_scale|act_scale|scale_weight|scale_input|weight_zero_point"
     r"|input_zero_point|weight_packed|weight_shape|weight_g_idx|qweight|qzeros|qscales?|g_idx|SCB|weight_format|absmax"
     r"|nested_absmax|quant_map|nested_quant_map|quant_state(\..+)?|scaled_fp8)$"
 )
-# These may mean something else in a backbone that has them; in one that does not they say how to read a weight.
+# A backbone may have parameters of these names. In one that has none, they say how to read a weight.
 _SCALE_NAMES = re.compile(r"(^|[._])(scales?|scale_inv|zeros|zero_points?|amax|biases|blocks|packed)(_\d+)?$")
 
 _LAYER = re.compile(r"\.\d+(\.|$)")

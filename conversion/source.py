@@ -35,7 +35,7 @@ from .refusals import check_droppable, check_not_quantised, refuse_adapter_tenso
 DEPTH_PREFIX = "model.depth_attention."
 DEPTH_QUERY, DEPTH_KEY_NORM = f"{DEPTH_PREFIX}query", f"{DEPTH_PREFIX}key_norm"
 SOFTMAX = "softmax"
-# Beside the weights of an AttnRes checkpoint, in a folder that nothing looks for weights in.
+# Lies in an AttnRes checkpoint, in a folder where no loader looks for weights.
 UNREAD_FILE = "unread/unread.safetensors"
 
 
@@ -86,7 +86,7 @@ def build_config(config: dict[str, Any], where: str) -> PreTrainedConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in {*CONFIG_MAPPING, AttnResConfig.model_type}:
         raise CheckpointError(f"{where}: model_type {model_type!r} is unknown to the installed Transformers.")
-    # Code that came with the source is neither run nor carried along: the library's own class takes its place.
+    # The source's own code is neither run nor copied: the library's class takes its place.
     fields = {name: value for name, value in config.items() if name != "auto_map"}
     config_class = AttnResConfig if model_type == AttnResConfig.model_type else CONFIG_MAPPING[model_type]
     try:
@@ -197,7 +197,7 @@ def check_backbone_tensors(source: Source, config: AttnResConfig) -> AttnResForC
         UnsupportedBackboneError: if the backbone is not a PreNorm decoder of the supported form.
         CheckpointError: if a tensor is missing, unknown or of another shape than the config says.
     """
-    # A backbone that is refused is refused before its tensors are.
+    # Refuse an unsupported backbone before looking at its tensors.
     due = depth_shapes(config, str(source.checkpoint.folder / "config.json"))
     stand_ins = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in source.tensors.items()
@@ -245,7 +245,7 @@ def build_on_meta(config: AttnResConfig, where: str) -> AttnResForCausalLM:
             return AttnResForCausalLM(config)
     except UnsupportedBackboneError:
         raise
-    except Exception as error:  # on values that make no sense the library's constructors raise whatever they meet
+    except Exception as error:  # the library's constructors raise exceptions of any class on values without sense
         raise CheckpointError(
             f"{where}: not a valid '{config.text_config.model_type}' config, no model can be built from it "
             f"({type(error).__name__}: {first_line(error)})."

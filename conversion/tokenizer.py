@@ -21,7 +21,7 @@ from .companions import write_json
 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Any of these makes a folder one with a tokenizer, whatever its class.
+# A folder with any of these files has a tokenizer.
 _TOKENIZER_FILES = re.compile(
     r"tokeniz|vocab|merges|tekken|tiktoken|sentencepiece|spiece|spm|bpe|added_tokens|special_tokens|\.model$",
     re.IGNORECASE,
@@ -54,7 +54,7 @@ def keep_tokenizer(
     try:
         tokenizer = load_source()
         due = serialised(tokenizer)
-    except Exception as error:  # files of all kinds are parsed by libraries that raise whatever they meet
+    except Exception as error:  # the parsers of these files raise exceptions of any class
         return f"Came along unchecked, because the source's does not load here: {first_line(error)}"
     name = type(tokenizer).__name__
     mends = [

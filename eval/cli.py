@@ -13,7 +13,7 @@ from . import run
 
 def build_parser() -> ToolParser:
     parser = ToolParser(prog="attnres-eval", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help="what to do")
 
     command = commands.add_parser(
         "run",
@@ -22,7 +22,7 @@ def build_parser() -> ToolParser:
         epilog="All options of `lm-eval run` can be given, except --output_path (use --output).",
         allow_abbrev=False,  # an option of lm-eval's is not a short form of one here
     )
-    command.add_argument("model", help="checkpoint folder or Hub name, AttnRes or any other")
+    command.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub name, AttnRes or any other")
     command.add_shared("--output", required=True, help="folder to make for results and samples")
     command.add_shared("--dtype", help="of the model (default: as stored)")
     command.add_shared("--trust-remote-code")
@@ -39,7 +39,7 @@ def build_parser() -> ToolParser:
         metavar="DIR",
         help="one model's run; commas join runs of the same model trained with other seeds: DIR,DIR",
     )
-    command.add_argument("--names", nargs="+", metavar="NAME", help="the models' names, in the order of DIR")
+    command.add_shared("--names", help="the models' names, in the order of DIR")
     command.add_argument("--tasks", help="compare only these tasks, comma-separated")
     command.add_argument("--all-metrics", action="store_true", help="every metric and filter, not each task's first")
     command.add_argument(

@@ -33,36 +33,42 @@ def mean_depth_weights(model: AttnResForCausalLM, input_ids: torch.Tensor) -> to
     return matrix
 
 
-def save_depth_heatmap(matrices: dict[str, torch.Tensor], path: Path) -> list[Path]:
+def save_depth_heatmap(matrices: dict[str, torch.Tensor], path: Path, relative: bool = False) -> list[Path]:
     """Draws depth weights, token mixers and feed-forwards apart, and writes the numbers beside the picture.
 
     Args:
         matrices: title to a matrix of [`mean_depth_weights`]; one row of panels each.
         path: the PNG to write; each matrix goes to `{path stem}-{title}.csv` beside it.
+        relative: whether to draw each weight times its sublayer's number of sources. Equal weights are 1 then, which
+            under `depth_weights="sum"` is the plain residual stream.
 
     Returns:
         The files written.
     """
     # Without pyplot: no display, and the user's backend stays as it is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import PowerNorm
+    from matplotlib.colors import Normalize, PowerNorm
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6 * len(matrices)), layout="constrained")
+    figure = Figure(figsize=(8, 3 * len(matrices)) if relative else (11, 4.6 * len(matrices)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(matrices), 2, squeeze=False)
-    largest = max(float(torch.nan_to_num(matrix[1:]).max()) for matrix in matrices.values())
-    for row, (title, matrix) in zip(axes, matrices.items()):
+    shown = matrices
+    if relative:
+        shown = {title: matrix * matrix.isfinite().sum(1, keepdim=True) for title, matrix in matrices.items()}
+    values = torch.cat([matrix[1:].flatten() for matrix in shown.values()])
+    values = values[values.isfinite()]
+    # A square-root scale: many sources share the weight, and their differences should show.
+    scale = Normalize(values.min(), values.max()) if relative else PowerNorm(0.5, vmin=0, vmax=values.max())
+    for row, (title, matrix) in zip(axes, shown.items()):
         parts = (
             ("token mixers", matrix[0:-1:2]),
             ("feed-forwards and output", torch.cat([matrix[1:-1:2], matrix[-1:]])),
         )
         for axis, (part, values) in zip(row, parts):
-            # A square-root scale: many sources share the weight, and their differences should show.
-            norm = PowerNorm(0.5, vmin=0, vmax=largest)
-            image = axis.imshow(values.T, aspect="auto", origin="lower", cmap="viridis", norm=norm)
+            image = axis.imshow(values.T, aspect="auto", origin="lower", cmap="viridis", norm=scale)
             axis.set(title=f"{title}: {part}", xlabel="decoder layer", ylabel="source (0 = embedding)")
-        figure.colorbar(image, ax=list(row), label="mean weight")
+        figure.colorbar(image, ax=list(row), label="weight x sources (1 = equal)" if relative else "mean weight")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return [path, *(_save_csv(matrix, path, title) for title, matrix in matrices.items())]

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from modeling_attnres import AttnResConfig
 from modeling_attnres.command_line import DTYPES, Result, ToolParser, run_tool, whole_number
+from modeling_attnres.text_files import load_text
 
 from .depth_weights import mean_depth_weights, save_depth_heatmap
 from .dynamics import LayerDynamics, measure_dynamics, save_dynamics
@@ -32,34 +33,18 @@ def build_parser() -> ToolParser:
         "decoder layer, as PNG and CSV. Several models, PreNorm ones among them, are drawn side by side.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint folder or Hub name, AttnRes or PreNorm")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="the models' names, in the order of MODEL")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="plain text, UTF-8")
+    parser.add_shared("--names", help="the models' names, in the order of MODEL")
+    parser.add_shared("--text", required=True, help="plain text, UTF-8")
     parser.add_shared("--output", required=True, help="folder for pictures and tables")
     parser.add_argument(
         "--sequences", type=whole_number(1), default=4, help="read from the text (default: %(default)s)"
     )
-    parser.add_argument("--tokens", type=whole_number(2), default=256, help="of each sequence (default: %(default)s)")
+    parser.add_shared("--tokens", type=whole_number(2), default=256, help="of each sequence (default: %(default)s)")
     parser.add_shared("--dtype", default="float32", help="of weights and activations (default: %(default)s)")
     parser.add_shared("--device", default="cpu")
     parser.add_shared("--trust-remote-code")
     parser.add_shared("--json", help="print the numbers of summary.json, and nothing else")
     return parser
-
-
-def read_text(path: Path) -> str:
-    """
-    Raises:
-        ValueError: if there is no such file, or it is no text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"`--text` must be a file that can be read, got {path} ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`--text` must be text in UTF-8, got {path} ({error}).") from error
-    if "\0" in text:
-        raise ValueError(f"`--text` must be text in UTF-8, got {path}, which has zero bytes.")
-    return text
 
 
 def check_names(names: list[str], models: list[str]):
@@ -83,7 +68,7 @@ def read_sequences(
     """
     if sequences < 1 or tokens < 2:
         raise ValueError(f"`--sequences` must be at least 1 and `--tokens` at least 2, got {sequences} and {tokens}.")
-    ids = tokenizer(read_text(path), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(load_text(path), add_special_tokens=False)["input_ids"]
     if len(ids) < sequences * tokens:
         raise ValueError(
             f"`--text` must hold --sequences * --tokens = {sequences * tokens} tokens, got {len(ids)} in {path}."
@@ -124,7 +109,7 @@ def inspect_model(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[Laye
 
 def measure(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, LayerDynamics], dict[str, torch.Tensor]]:
     """Dynamics by model, and depth weights of those that have them."""
-    read_text(args.text)  # a wrong text is an earlier error than a wrong model
+    load_text(args.text)  # a wrong text is an earlier error than a wrong model
     configs = [check_model(source, "MODEL", args.trust_remote_code) for source in args.models]
     for source, config in zip(args.models, configs):
         check_weights(source, config, "MODEL", args.trust_remote_code)

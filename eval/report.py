@@ -6,6 +6,8 @@ import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from modeling_attnres.tables import aligned_table, markdown_table
+
 from .alike import model_arguments
 from .comparison import Average, Comparison, Model, Row
 from .paired import Difference
@@ -18,17 +20,10 @@ class Table:
     rows: list[tuple[str, ...]]
 
     def markdown(self) -> str:
-        lines = [self.header, tuple("---" if index == 0 else "---:" for index in range(len(self.header))), *self.rows]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return f"**{self.title}**\n\n{markdown_table(self.header, self.rows, numbers=True)}\n"
 
     def text(self) -> str:
-        """Columns aligned by spaces, the first to the left."""
-        widths = [max(len(line[index]) for line in (self.header, *self.rows)) for index in range(len(self.header))]
-        lines = [
-            "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in cells)
-            for cells in (list(enumerate(zip(line, widths))) for line in (self.header, *self.rows))
-        ]
-        return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:]]) + "\n"
+        return f"{self.title}\n{aligned_table(self.header, self.rows)}\n"
 
 
 def percent(row: Row | Average) -> bool:

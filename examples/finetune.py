@@ -11,6 +11,7 @@ accepted too: with the same arguments it sees the same blocks in the same order,
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_attnres import AttnResForCausalLM, attnres_lora_config
+from modeling_attnres.command_line import Result, ToolParser, positive_int, run_tool
+from modeling_attnres.text_files import load_texts
 from modeling_attnres.training import (
     CHECKPOINTING,
     DEFAULT_QUERY_LR,
@@ -39,19 +42,6 @@ from modeling_attnres.training import (
 
 DEFAULT_LR = {"lora": 2e-4, "queries": DEFAULT_QUERY_LR, "full": 2e-5}
 HELD_OUT = 0.05  # the share at the end of every text that is not trained on
-
-
-def read_texts(path: Path) -> list[str]:
-    """The text of a file, or of every `*.txt` below a folder.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-    if not any(texts):
-        raise ValueError(f"`--text` must be a text file or a folder of *.txt files, got {path}.")
-    return texts
 
 
 def pack(token_ids: list[list[int]], block_size: int) -> Dataset:
@@ -67,7 +57,7 @@ def load_blocks(tokenizer, arguments) -> DatasetDict:
     Raises:
         ValueError: if the text is too short for one block of each.
     """
-    texts = Dataset.from_dict({"text": read_texts(arguments.text)})
+    texts = Dataset.from_dict({"text": load_texts(arguments.text)})
     texts = texts.map(lambda batch: {"ids": tokenizer(batch["text"]).input_ids}, batched=True, desc="Tokenizing")
     train, held_out = [], []
     for ids in texts["ids"]:
@@ -75,10 +65,10 @@ def load_blocks(tokenizer, arguments) -> DatasetDict:
         split = len(ids) - round(HELD_OUT * len(ids))
         train.append(ids[:split])
         held_out.append(ids[split:])
-    blocks = DatasetDict(train=pack(train, arguments.block_size), held_out=pack(held_out, arguments.block_size))
+    blocks = DatasetDict(train=pack(train, arguments.tokens), held_out=pack(held_out, arguments.tokens))
     if not all(len(part) for part in blocks.values()):
         tokens = {"train": sum(map(len, train)), "held-out": sum(map(len, held_out))}
-        raise ValueError(f"`--text` must fill blocks of {arguments.block_size} tokens, got {tokens} tokens.")
+        raise ValueError(f"`--text` must fill blocks of {arguments.tokens} tokens, got {tokens} tokens.")
     count = len(blocks["held_out"])
     kept = min(count, arguments.eval_blocks)
     blocks["held_out"] = blocks["held_out"].select([index * count // kept for index in range(kept)])
@@ -128,31 +118,33 @@ def training_arguments(arguments) -> TrainingArguments:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> ToolParser:
+    parser = ToolParser(prog="finetune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a converted or a PreNorm model")
-    parser.add_argument("--text", type=Path, required=True, help="a text file, or a folder of *.txt files")
-    parser.add_argument("--output", type=Path, required=True, help="folder for metrics, checkpoints and the model")
+    parser.add_shared("--text", required=True, help="a text file, or a folder of *.txt files")
+    parser.add_shared("--output", required=True, help="folder for metrics, checkpoints and the model")
     parser.add_argument("--train", choices=tuple(DEFAULT_LR), default="lora", help="what learns (default: lora)")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=4, help="blocks per step and process")
-    parser.add_argument("--accumulation", type=int, default=1, help="batches per step")
-    parser.add_argument("--block-size", type=int, default=128, help="tokens per block")
-    parser.add_argument("--lr", type=float, help=f"learning rate (default: {DEFAULT_LR})")
-    parser.add_argument("--query-lr", type=float, help=f"of the depth queries (default: {DEFAULT_QUERY_LR})")
-    parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--eval-blocks", type=int, default=64, help="held-out blocks, at most")
-    parser.add_argument("--eval-every", type=int, default=25, help="steps between evaluations and checkpoints")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_shared("--steps", default=100, help="of the optimizer (default: %(default)s)")
+    parser.add_shared("--batch-size", default=4, help="sequences per step and process (default: %(default)s)")
+    parser.add_argument("--accumulation", type=positive_int, default=1, help="batches per step (default: %(default)s)")
+    parser.add_shared("--tokens", former=("--block-size",), default=128, help="per sequence (default: %(default)s)")
+    parser.add_shared("--lr", help=f"learning rate (default: {DEFAULT_LR})")
+    parser.add_shared("--query-lr", help=f"of the depth queries (default: {DEFAULT_QUERY_LR})")
+    parser.add_argument("--lora-rank", type=positive_int, default=16, help="of the adapter (default: %(default)s)")
+    parser.add_argument(
+        "--eval-blocks", type=positive_int, default=64, help="held-out sequences, at most (default: %(default)s)"
+    )
+    parser.add_shared("--eval-every", default=25, help="between evaluations and checkpoints (default: %(default)s)")
+    parser.add_shared("--bf16")
+    parser.add_shared("--gradient-checkpointing")
+    parser.add_shared("--seed", default=0, help="of the adapter and of the data's order (default: %(default)s)")
+    parser.add_shared("--resume")
+    parser.add_shared("--json", help="print the held-out loss by step as JSON, and nothing else")
     return parser
 
 
-def main(argv: list[str] | None = None) -> dict[int, float]:
-    """Returns the held-out loss by the step it was taken at (in the main process)."""
-    arguments = build_parser().parse_args(argv)
+def run(arguments: argparse.Namespace) -> dict[int, float]:
+    """Trains; returns the held-out loss by the step it was taken at (in the main process)."""
     args = training_arguments(arguments)
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if arguments.resume and checkpoint is None:
@@ -197,5 +189,14 @@ def main(argv: list[str] | None = None) -> dict[int, float]:
     return losses
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see [`modeling_attnres.command_line`]."""
+    parser = build_parser()
+    left = "interrupted; go on with --resume if --output has a checkpoint."
+    return run_tool(
+        parser.prog, lambda arguments: Result("", run(arguments) or None), parser.parse_args(argv), interrupted=left
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

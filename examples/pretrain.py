@@ -13,6 +13,7 @@ gradient norms developed; `--resume` continues from the last checkpoint.
 import argparse
 import json
 import math
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -31,19 +32,18 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_attnres import AttnResConfig
+from modeling_attnres.command_line import Result, ToolParser, positive_int, run_tool
 from modeling_attnres.configuration import list_presets, load_preset
+from modeling_attnres.text_files import load_texts
 from modeling_attnres.training import CHECKPOINTING, DepthDynamics, JsonlMetrics, attnres_optimizer, plot_metrics
 
 
 HELD_OUT = 0.05
 
 
-def read_texts(folder: Path) -> tuple[list[str], list[str]]:
-    """The training and the held-out part of every `*.txt` file below `folder`, in order of their names."""
-    paths = sorted(folder.rglob("*.txt"))
-    if not paths:
-        raise ValueError(f"`--text` must be a folder with *.txt files, got {folder}.")
-    texts = [path.read_text(encoding="utf-8") for path in paths]
+def read_texts(path: Path) -> tuple[list[str], list[str]]:
+    """The training and the held-out part of a text file, or of every `*.txt` file below a folder."""
+    texts = load_texts(path)
     cuts = [int(len(text) * (1 - HELD_OUT)) for text in texts]
     return [text[:cut] for text, cut in zip(texts, cuts)], [text[cut:] for text, cut in zip(texts, cuts)]
 
@@ -69,7 +69,7 @@ def to_blocks(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int)
     ids = list(chain.from_iterable(encoded))
     blocks = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     if not blocks:
-        raise ValueError(f"`--length` must not exceed the {len(ids)} tokens of the shortest split, got {length}.")
+        raise ValueError(f"`--tokens` must not exceed the {len(ids)} tokens of the shortest split, got {length}.")
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
@@ -93,24 +93,35 @@ def parse_overrides(pairs: list[str]) -> dict:
     return overrides
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", required=True, choices=list_presets(), metavar="NAME")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", dest="overrides")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--query-lr", type=float, help="of the depth parameters; default: --lr")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the data's order")
-    parser.add_argument("--eval-steps", type=int, default=100)
-    parser.add_argument("--save-steps", type=int, default=250)
-    parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--resume", action="store_true")
+def build_parser() -> ToolParser:
+    parser = ToolParser(prog="pretrain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", required=True, choices=list_presets(), metavar="NAME", help="a model's shape")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", dest="overrides", help="fields of the preset"
+    )
+    parser.add_shared("--text", required=True, help="a text file, or a folder of *.txt files")
+    parser.add_shared("--output", required=True, help="folder for metrics, checkpoints and the model")
+    parser.add_shared("--steps", default=500, help="of the optimizer (default: %(default)s)")
+    parser.add_shared(
+        "--batch-size", former=("--batch",), default=16, help="sequences per step (default: %(default)s)"
+    )
+    parser.add_shared("--tokens", former=("--length",), default=128, help="per sequence (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=positive_int, default=2048, help="of the tokenizer (default: %(default)s)"
+    )
+    parser.add_shared("--lr", default=3e-3, help="learning rate (default: %(default)s)")
+    parser.add_shared("--query-lr", help="of the depth queries (default: --lr)")
+    parser.add_shared("--seed", default=0, help="of the weights and of the data's order (default: %(default)s)")
+    parser.add_shared(
+        "--eval-every", former=("--eval-steps",), default=100, help="between evaluations (default: %(default)s)"
+    )
+    parser.add_shared(
+        "--save-every", former=("--save-steps",), default=250, help="between checkpoints (default: %(default)s)"
+    )
+    parser.add_shared("--bf16")
+    parser.add_shared("--gradient-checkpointing", former=("--activation-checkpointing",))
+    parser.add_shared("--resume")
+    parser.add_shared("--json", help="print the figures of summary.json, and nothing else")
     return parser
 
 
@@ -118,8 +129,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(args.output),
         max_steps=args.steps,
-        per_device_train_batch_size=args.batch,
-        per_device_eval_batch_size=2 * args.batch,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=2 * args.batch_size,
         learning_rate=args.lr,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, args.steps // 20),
@@ -127,8 +138,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         adam_beta2=0.95,
         logging_steps=10,
         eval_strategy="steps",
-        eval_steps=args.eval_steps,
-        save_steps=args.save_steps,
+        eval_steps=args.eval_every,
+        save_steps=args.save_every,
         save_total_limit=1,
         seed=args.seed,
         data_seed=args.seed,
@@ -136,19 +147,19 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
-        **{CHECKPOINTING: args.activation_checkpointing},
+        **{CHECKPOINTING: args.gradient_checkpointing},
     )
 
 
-def main(argv: list[str] | None = None) -> dict:
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> dict:
+    """Trains; returns the content of summary.json."""
     overrides = parse_overrides(args.overrides)
     checkpoint = get_last_checkpoint(str(args.output)) if args.resume and args.output.is_dir() else None
     if args.resume and checkpoint is None:
         raise ValueError(f"`--resume` needs a checkpoint in `--output`, got {args.output}.")
     train_texts, held_out_texts = read_texts(args.text)
     tokenizer = train_tokenizer(train_texts, args.vocab_size)
-    train, held_out = (to_blocks(tokenizer, texts, args.length) for texts in (train_texts, held_out_texts))
+    train, held_out = (to_blocks(tokenizer, texts, args.tokens) for texts in (train_texts, held_out_texts))
 
     set_seed(args.seed)
     model = build_model(args.preset, overrides, tokenizer)
@@ -166,7 +177,7 @@ def main(argv: list[str] | None = None) -> dict:
         else None,
         callbacks=[
             JsonlMetrics(args.output / "metrics.jsonl"),
-            DepthDynamics(torch.tensor(held_out[:4]["input_ids"]), args.output / "dynamics", every=args.eval_steps),
+            DepthDynamics(torch.tensor(held_out[:4]["input_ids"]), args.output / "dynamics", every=args.eval_every),
         ],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -174,15 +185,15 @@ def main(argv: list[str] | None = None) -> dict:
     trainer.save_model()
 
     held_out_bytes = sum(len(text.encode()) for text in held_out_texts)
-    predicted = len(held_out) * (args.length - 1)
-    tokens_per_byte = len(held_out) * args.length / held_out_bytes
+    predicted = len(held_out) * (args.tokens - 1)
+    tokens_per_byte = len(held_out) * args.tokens / held_out_bytes
     summary = {
         "preset": args.preset,
         "overrides": parse_overrides(args.overrides),
         "seed": args.seed,
         "steps": args.steps,
         "parameters": model.num_parameters(),
-        "training_tokens": args.steps * args.batch * args.length,
+        "training_tokens": args.steps * args.batch_size * args.tokens,
         "held_out_tokens": predicted,
         "held_out_loss": loss,
         "held_out_bits_per_byte": loss / math.log(2) * tokens_per_byte,
@@ -193,5 +204,14 @@ def main(argv: list[str] | None = None) -> dict:
     return summary
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see [`modeling_attnres.command_line`]."""
+    parser = build_parser()
+    left = "interrupted; go on with --resume if --output has a checkpoint."
+    return run_tool(
+        parser.prog, lambda arguments: Result("", run(arguments)), parser.parse_args(argv), interrupted=left
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

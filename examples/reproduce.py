@@ -15,10 +15,13 @@ import json
 import math
 import shlex
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from modeling_attnres.command_line import Result, ToolParser, run_tool
+from modeling_attnres.tables import markdown_table
 from modeling_attnres.training import read_metrics
 
 
@@ -65,7 +68,7 @@ def print_commands(text: Path, output: Path, steps: int):
         if not (output / name / "summary.json").exists():
             command = ["python", str(script), "--preset", preset, "--seed", str(seed), "--steps", str(steps)]
             command += ["--text", str(text), "--output", str(output / name)]
-            command += ["--eval-steps", "200", "--save-steps", str(steps)]
+            command += ["--eval-every", "200", "--save-every", str(steps)]
             print(shlex.join([*command, *(["--set", override] if override else [])]))
 
 
@@ -162,11 +165,8 @@ def write_table(rows: list[dict], path: Path):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        cells = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()]
-        print("| " + " | ".join(cells) + " |")
-    print()
+    cells = [[f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    print(markdown_table(list(rows[0]), cells), end="\n\n")
 
 
 def report(output: Path, folder: Path):
@@ -178,22 +178,33 @@ def report(output: Path, folder: Path):
     draw(output, sizes, fits, folder / "losses.png")
 
 
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["commands", "report"])
-    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--text", type=Path, help="folder of *.txt files, for `commands`")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--report", type=Path, help="folder for tables and pictures, for `report`")
-    args = parser.parse_args(argv)
-    needed = "text" if args.action == "commands" else "report"
-    if getattr(args, needed) is None:
-        parser.error(f"`{args.action}` needs --{needed}")
+def build_parser() -> ToolParser:
+    parser = ToolParser(prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["commands", "report"], help="what to print")
+    parser.add_shared("--output", required=True, help="folder of the runs")
+    parser.add_shared("--text", help="folder of *.txt files, for `commands`")
+    parser.add_shared("--steps", default=STEPS, help="of each run (default: %(default)s)")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="folder for tables and pictures, for `report`")
+    return parser
+
+
+def run(args: argparse.Namespace) -> Result:
     if args.action == "commands":
         print_commands(args.text, args.output, args.steps)
     else:
         report(args.output, args.report)
+    return Result("", None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see [`modeling_attnres.command_line`]."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    needed = "text" if args.action == "commands" else "report"
+    if getattr(args, needed) is None:
+        parser.error(f"`{args.action}` needs --{needed}")
+    return run_tool(parser.prog, run, args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

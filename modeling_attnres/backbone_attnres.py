@@ -106,10 +106,18 @@ def backbone_problem(model_type: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def supported_backbones() -> tuple[str, ...]:
-    """Model types of this Transformers installation that can be a backbone, each built and probed (about a minute)."""
+def judged_backbones() -> dict[str, str | None]:
+    """[`backbone_problem`] of every model type with a language model in this Transformers installation.
+
+    Each is built and probed, which takes about a minute in all.
+    """
     causal = {config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING if config in MODEL_MAPPING}
-    return tuple(sorted(name for name in causal if name in CONFIG_MAPPING and backbone_problem(name) is None))
+    return {name: backbone_problem(name) for name in sorted(causal) if name in CONFIG_MAPPING}
+
+
+def supported_backbones() -> tuple[str, ...]:
+    """Model types of this Transformers installation that can be a backbone (the first call takes about a minute)."""
+    return tuple(name for name, problem in judged_backbones().items() if problem is None)
 
 
 @contextmanager
@@ -168,7 +176,7 @@ def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Modu
     In training mode, so that a dropout of the forward itself shows too.
     """
     probe = copy.copy(module)
-    # Whoever hooks into a module that runs (the library records outputs so) hooks into the copy alone.
+    # Hooks on modules that run (the library records outputs with them) reach the copy alone.
     hooks = {name: copy.copy(value) for name, value in vars(module).items() if name.endswith("_hooks")}
     probe.__dict__ = {**module.__dict__, **hooks, "_modules": dict(children), "training": True}
     return probe
@@ -211,7 +219,7 @@ def _probe_model(backbone: PreTrainedModel) -> list[dict[str, Any]]:
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, :2] = 0
     position_ids = torch.arange(_TOKENS).unsqueeze(0)
-    # A real cache: with none, every name for it would do.
+    # A real cache: without one, any name of the argument would pass.
     cache = DynamicCache(config=backbone.config)
     output = _with_children(backbone, stand_ins)(
         input_ids=input_ids,

@@ -14,7 +14,7 @@ A tool is a parser and a function:
     1    a check of the result failed
     2    wrong use: an argument, a file or a model that the tool cannot work with
     130  interrupted (128 + SIGINT)
-    141  whoever read the output closed it (128 + SIGPIPE)
+    141  the reader of the output closed it (128 + SIGPIPE)
 
 Errors are one line on stderr that names the argument, the rule and the value. Python's own traceback is left to
 exceptions that no input should cause.
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
 
 DONE, CHECK_FAILED, WRONG_USE, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
@@ -51,7 +52,7 @@ class Result:
 
     Attributes:
         text: for a terminal; empty if the tool has printed it on the way.
-        figures: the same as plain data, for `--json`.
+        figures: the same as plain data, for `--json`; `None` if there are none to print.
     """
 
     text: str
@@ -91,13 +92,25 @@ positive_int = whole_number(1)
 
 def positive_number(text: str) -> float:
     """A finite number above 0."""
+    if not (value := _finite(text)) > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r:.60}")
+    return value
+
+
+def rate(text: str) -> float:
+    """A finite number of at least 0."""
+    if not (value := _finite(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r:.60}")
+    return value
+
+
+def _finite(text: str) -> float:
+    """The number, or NaN for anything that is not a finite one."""
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r:.60}")
-    return value
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def available_device(text: str) -> torch.device:
@@ -114,8 +127,8 @@ def available_device(text: str) -> torch.device:
 
 # --- Parser ----------------------------------------------------------------------------------------------------------
 
-# Options that mean the same in every tool that has them.
-_SHARED: dict[str, dict[str, Any]] = {
+# Options that mean the same in every tool and example that has them.
+SHARED: dict[str, dict[str, Any]] = {
     "--dtype": {"type": dtype_name, "metavar": "{" + ",".join(DTYPES) + "}"},
     "--device": {"type": available_device, "help": "such as cpu or cuda:0 (default: %(default)s)"},
     # NumPy, Python and torch all take these.
@@ -123,6 +136,21 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--output": {"type": Path, "metavar": "DIR"},
     "--json": {"action": "store_true", "help": "print the figures as JSON, and nothing else"},
     "--trust-remote-code": {"action": "store_true", "help": "run code that comes with a checkpoint"},
+    "--text": {"type": Path, "metavar": "PATH"},
+    "--tokens": {"type": positive_int, "metavar": "T"},
+    "--batch-size": {"type": positive_int, "metavar": "B"},
+    "--steps": {"type": positive_int},
+    "--eval-every": {"type": positive_int, "metavar": "STEPS"},
+    "--save-every": {"type": positive_int, "metavar": "STEPS"},
+    "--lr": {"type": rate, "metavar": "RATE"},
+    "--query-lr": {"type": rate, "metavar": "RATE"},
+    "--bf16": {"action": "store_true", "help": "compute in bfloat16, and keep the weights in float32"},
+    "--gradient-checkpointing": {"action": "store_true", "help": "recompute layers to save memory"},
+    "--resume": {"action": "store_true", "help": "go on from the last checkpoint in the output folder"},
+    "--num-blocks": {"type": positive_int, "metavar": "N"},
+    "--sublayers-per-block": {"type": positive_int, "metavar": "S"},
+    "--depth-weights": {"choices": ["sum", "mean"]},
+    "--names": {"nargs": "+", "metavar": "NAME"},
 }
 
 
@@ -140,11 +168,20 @@ class ToolParser(argparse.ArgumentParser):
         # Absent unless given: a subparser's defaults would overwrite what stands before the name of its command.
         flag = {"action": "store_true", "default": argparse.SUPPRESS}
         self.add_argument("--quiet", help="print errors only (and JSON, where asked for)", **flag)
+        self.add_argument("--progress", help="show progress bars (default: if stderr is a terminal)", **flag)
         self.add_argument("--traceback", help="also print where in the code an error came from", **flag)
 
-    def add_shared(self, name: str, **changes):
-        """Adds the option `name` as all tools have it; `changes` are its default and help here."""
-        self.add_argument(name, **{**_SHARED[name], **changes})
+    def add_shared(self, name: str, *, former: tuple[str, ...] = (), group: Any = None, **changes):
+        """Adds the option `name` as all tools have it.
+
+        Args:
+            name: a key of `SHARED`.
+            former: spellings of earlier versions, which are understood and not shown.
+            group: of this parser, that the option belongs to.
+            changes: its default and help here.
+        """
+        option = (group or self).add_argument(name, *former, **{**SHARED[name], **changes})
+        option.option_strings = [name]  # help and errors know this one
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_USE, f"{self.prog}: error: {message}; usage: {self.prog} --help\n")
@@ -166,18 +203,19 @@ def run_tool(
     Args:
         prog: the tool's name, at the start of its error lines.
         work: what the tool does. Under `--json` what it prints itself goes to stderr, under `--quiet` nowhere.
-        arguments: as parsed by a [`ToolParser`].
+        arguments: as parsed by a [`ToolParser`]. Progress bars are shown where stderr is a terminal, or with
+            `--progress`.
         check_errors: exceptions that say that a check of the result failed.
         interrupted: what to say of an interruption, and of what it leaves behind.
     """
     as_json = getattr(arguments, "json", None) is True
     quiet = getattr(arguments, "quiet", False)
     try:
-        with _directed(quiet, as_json):
+        with _directed(quiet, as_json), _bars(getattr(arguments, "progress", False)):
             result = work(arguments)
-        if as_json:
+        if as_json and result.figures is not None:
             print(json.dumps(result.figures, indent=2, allow_nan=False))
-        elif result.text and not quiet:
+        elif result.text and not as_json and not quiet:
             print(result.text)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -211,6 +249,28 @@ def _directed(quiet: bool, as_json: bool) -> Iterator[None]:
         elif as_json:
             stack.enter_context(redirect_stdout(sys.stderr))
         yield
+
+
+@contextmanager
+def _bars(asked_for: bool) -> Iterator[None]:
+    """Shows no progress bar meanwhile, of this package or a library, unless someone can watch it or asked for it.
+
+    tqdm reads `TQDM_DISABLE` while it is imported, which is before a tool knows its options. So its constructor is
+    exchanged for the time of the work.
+    """
+    if asked_for or sys.stderr.isatty():
+        yield
+        return
+    construct = tqdm.__init__
+
+    def construct_disabled(self, *args, **kwargs):
+        construct(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = construct_disabled
+    try:
+        yield
+    finally:
+        tqdm.__init__ = construct
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 
-# Both are about the file and the model that it goes with, not about the backbone.
+# Both fields describe the file and its model, not the backbone.
 _FIELDS_OF_THE_FILE = ("architectures", "auto_map")
 
 _made: list[type[PreTrainedConfig]] = []
@@ -203,7 +203,7 @@ def public_names(fields: dict[str, Any], backbone_class: type[PreTrainedConfig])
 
 def plain_architectures(architectures: list[str] | None, backbone_class: type[PreTrainedConfig]) -> list[str] | None:
     """The library's models of a backbone in the place of AttnRes models' names, if it has them."""
-    # Not as globals of this file: servers send a config to their workers with all that its code refers to, and these
+    # Deliberately not globals: servers pickle a config with every global that its code refers to, and these
     # tables lead to every model.
     library = importlib.import_module("transformers")
     tables = importlib.import_module("transformers.models.auto.modeling_auto")

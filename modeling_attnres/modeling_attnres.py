@@ -441,7 +441,7 @@ AUTO_CLASSES = {
 }
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(AttnResConfig, _model_class)
-    # Whoever has only a class' name looks it up here: `Trainer` (are labels to be shifted?), pipelines, model cards.
+    # Trainer (for shifting labels), pipelines and model cards look a class's name up here.
     _auto_class._model_mapping._model_mapping[AttnResConfig.model_type] = _model_class.__name__
     _model_class.register_for_auto_class(_auto_class.__name__)
 

@@ -76,8 +76,8 @@ def _refusal(text_config: PreTrainedConfig, reason: str) -> str:
 def _first_difference(text_config, build_twin) -> str | None:
     """Where a tiny AttnRes model with zero queries first differs from the plain one; `None` if nowhere."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    # Inside `from_pretrained` the default device is meta and the default dtype the checkpoint's.
-    on_cpu = nullcontext() if device.type == "cpu" else torch.device("cpu")  # which slows every call a little
+    # Inside `from_pretrained` the default device is meta, and the default dtype is the checkpoint's.
+    on_cpu = nullcontext() if device.type == "cpu" else torch.device("cpu")  # the context slows every call a little
     try:
         torch.set_default_dtype(torch.float32)
         with on_cpu, torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -196,7 +196,7 @@ def _one_of_each_kind(fields: dict) -> list[int]:
 def _fill(model: nn.Module):
     """Weights that are the same everywhere and leave no part of a layer at nothing; norms near one."""
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
-        # Built inside somebody's context that keeps weights away, such as accelerate's `init_empty_weights`.
+        # The caller builds models without weights, for example in accelerate's `init_empty_weights`.
         model.to_empty(device="cpu")
         model.apply(model._init_weights)
     for index, parameter in enumerate(model.parameters()):

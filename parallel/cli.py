@@ -23,7 +23,7 @@ from .plan import (
 from .weights import count_bytes, count_kimi_k3_file, count_weights
 
 
-KEPT = tuple(reversed(CACHING))  # from nothing to everything
+KEPT = tuple(reversed(CACHING))  # from the one that keeps nothing to the one that keeps everything
 
 
 def build_parser() -> ToolParser:
@@ -36,16 +36,16 @@ def build_parser() -> ToolParser:
     model.add_argument("--num-layers", type=positive_int, help="decoder layers")
     model.add_argument("--hidden-size", type=positive_int, help="D")
     blocks = model.add_mutually_exclusive_group()
-    blocks.add_argument(
-        "--sublayers-per-block", type=positive_int, metavar="S", help="two sublayers per decoder layer"
-    )
-    blocks.add_argument("--num-blocks", type=positive_int, metavar="N")
-    model.add_argument("--depth-weights", choices=["mean", "sum"], help="default: the preset's, or mean")
+    parser.add_shared("--sublayers-per-block", group=blocks, help="two sublayers per decoder layer")
+    parser.add_shared("--num-blocks", group=blocks, help="blocks of depth")
+    parser.add_shared("--depth-weights", group=model, help="default: the preset's, or mean")
     model.add_argument("--weights", action="store_true", help="also the preset's parameters and bytes by dtype")
     run = parser.add_argument_group("the run")
-    run.add_argument("--tokens", type=positive_int, default=4096, metavar="T", help="of a micro-batch, or a prompt")
-    parser.add_shared("--dtype", default="bfloat16", help="of the block summaries (default: %(default)s)")
-    run.add_argument("--pipeline-ranks", type=positive_int, default=1, metavar="P")
+    parser.add_shared("--tokens", group=run, default=4096, help="of a micro-batch, or a prompt (default: %(default)s)")
+    parser.add_shared("--dtype", group=run, default="bfloat16", help="of the block summaries (default: %(default)s)")
+    run.add_argument(
+        "--pipeline-ranks", type=positive_int, default=1, metavar="P", help="of a pipeline (default: %(default)s)"
+    )
     run.add_argument("--virtual-stages", type=positive_int, default=1, metavar="V", help="per pipeline rank")
     run.add_argument(
         "--tensor-parallel", type=positive_int, default=1, metavar="RANKS", help="that the sequence is sharded over"
@@ -55,9 +55,11 @@ def build_parser() -> ToolParser:
     hardware.add_argument(
         "--link-bandwidth", type=positive_number, metavar="GB/S", help="between pipeline stages, one way"
     )
-    hardware.add_argument("--memory-bandwidth", type=positive_number, metavar="GB/S")
+    hardware.add_argument("--memory-bandwidth", type=positive_number, metavar="GB/S", help="of a device")
     hardware.add_argument("--flops", type=positive_number, metavar="TFLOP/S", help="that the model reaches")
-    hardware.add_argument("--activated-parameters", type=positive_number, metavar="BILLIONS")
+    hardware.add_argument(
+        "--activated-parameters", type=positive_number, metavar="BILLIONS", help="that a token is multiplied with"
+    )
     parser.add_shared("--json")
     return parser
 

@@ -126,7 +126,7 @@ def _receive(stage: AttnResPipelineStage, shape: torch.Size) -> tuple[torch.Tens
 
 
 def _send(stage: AttnResPipelineStage, outputs: tuple[torch.Tensor, ...]) -> list[tuple[dist.Work, torch.Tensor]]:
-    # The tensors go with the works: they must live until they are sent.
+    # Keep each tensor beside its handle: it must live until it is sent.
     target = stage.rank_of(stage.stage_index + 1)
     return [(dist.isend(tensor, dst=target, group=stage.group), tensor) for tensor in outputs]
 

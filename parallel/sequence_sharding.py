@@ -92,7 +92,7 @@ class PartialGradient(TensorParallelLayer):
         def forward(*args, **kwargs):
             if torch.is_grad_enabled():
                 for name, parameter in module.named_parameters(recurse=False):
-                    # Not at installation: loading replaces the parameters.
+                    # Deliberately not at installation: loading replaces the parameters.
                     if parameter.requires_grad and hooked.get(name) is not parameter:
                         parameter.register_hook(sum_over_ranks)
                         hooked[name] = parameter
@@ -127,12 +127,12 @@ class ShardedLayer(TensorParallelLayer):
         plan, num_tokens = module.plan, None
         original_forward = module.forward
 
-        # Not a hook: others' hooks on a layer keep its depth state in tensors, and S = 1 from its faster path.
+        # Deliberately not a hook: a hook on a layer keeps the depth state in tensors, and S = 1 off its faster path.
         def forward(*args, **kwargs):
             nonlocal num_tokens
             num_tokens = kwargs["position_ids"].shape[-1]
             if module.training and module.gradient_checkpointing and num_tokens % mesh.size():
-                # Recomputed in backward, a layer knows the length of its shard only.
+                # A layer that is recomputed in backward knows the length of its shard only.
                 raise ValueError(
                     "Under gradient checkpointing, sequence sharding wants a multiple of the "
                     f"{mesh.size()} ranks as the number of tokens, got {num_tokens}."

@@ -46,7 +46,7 @@ class AttnResPipelineStage(PipelineStage):
         self.cache, self.layout, self.shares_embeddings = cache, layout, shares_embeddings
         self.micro_batch_shape = tuple(micro_batch_shape)
         self._micro_batch = 0
-        # Shapes are known, so that nothing has to run to infer them.
+        # The shapes are known, so the schedule needs no forward to infer them.
         dtype = module.model.depth_attention.query.dtype
 
         def example(width: int) -> torch.Tensor:
@@ -86,7 +86,7 @@ class AttnResPipelineStage(PipelineStage):
         return outputs
 
     def _check_outputs(self, outputs: tuple[torch.Tensor, ...]):
-        # The receiver's buffers are made already: anything else would arrive garbled, or never.
+        # The receiver has already allocated its buffers: a tensor of another shape would arrive garbled, or never.
         for output in outputs:
             if (output.shape, output.dtype) != self._sent_as:
                 raise ValueError(
@@ -94,7 +94,9 @@ class AttnResPipelineStage(PipelineStage):
                     f"{(output.shape, output.dtype)} to send. (Autocast is not supported.)"
                 )
 
-    def forward_one_chunk(self, fwd_chunk_id: int, args, *further, **kwargs):  # further ones differ between versions
+    def forward_one_chunk(
+        self, fwd_chunk_id: int, args, *further, **kwargs
+    ):  # the arguments after these differ between versions of torch
         if self.is_first and tuple(args[0].shape) != self.micro_batch_shape:
             raise ValueError(
                 f"A micro-batch must have the shape {self.micro_batch_shape} that `pipeline_stages` was given as "
@@ -246,7 +248,7 @@ def reduce_shared_gradients(stages: Sequence[AttnResPipelineStage]):
                 "`reduce_shared_gradients` comes after a backward, and the shared weight has no `grad`."
             )
         peer = stage.rank_of(stage.num_stages - 1 if stage.is_first else 0)
-        # Where data parallelism shards them, both are sharded alike.
+        # Data parallelism, if used, shards both alike.
         gradient = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
         received = torch.empty_like(gradient)
         exchange = [

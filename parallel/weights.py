@@ -60,7 +60,7 @@ def _count(config: AttnResConfig, dtype: str) -> tuple[Counter, Counter]:
     """Parameters by dtype: of the routed experts, and of all else. A tied tensor counts once."""
     with torch.device("meta"):
         model = AttnResForCausalLM(config)
-    # The names of what `from_pretrained` leaves in fp32 are found as the library finds them.
+    # Find the parameters that `from_pretrained` keeps in fp32 by the library's own rule.
     kept = re.compile("|".join(sorted(model._keep_in_fp32_modules_strict)) or r"(?!)")
     stored = model.state_dict().keys()
     experts, others = Counter(), Counter()

@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 
-TOKEN = "hf_local"  # whoever writes must show it
+TOKEN = "hf_local"  # a writer must show it
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 

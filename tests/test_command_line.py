@@ -3,28 +3,36 @@
 """What all command-line tools share: options, one line per error, exit codes, where output goes."""
 
 import argparse
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from modeling_attnres import UnsupportedBackboneError, __version__
 from modeling_attnres.command_line import (
     DTYPES,
+    SHARED,
     Result,
     ToolParser,
     available_device,
     dtype_name,
     positive_number,
+    rate,
     run_tool,
     whole_number,
 )
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 TOOLS = {point.name: point for point in entry_points(group="console_scripts") if point.name.startswith("attnres-")}
 
 
@@ -105,6 +113,27 @@ def test_where_output_goes(capsys, options, out, err):
     assert (captured.out, captured.err) == (out, err)
 
 
+def counting(arguments):
+    for _ in tqdm(range(3), desc="Counting", disable=False):
+        pass
+    return Result("", None)
+
+
+@pytest.mark.parametrize(("terminal", "options"), [(True, ()), (False, ("--progress",)), (True, ("--progress",))])
+def test_progress_is_shown_on_a_terminal_or_on_request(terminal, options, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert run(counting, *options) == 0
+    assert "Counting: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--quiet",), ("--quiet", "--progress")])
+def test_no_progress_is_shown_elsewhere(options, capsys):
+    construct = tqdm.__init__
+    assert run(counting, *options) == 0
+    assert capsys.readouterr() == ("", "")
+    assert tqdm.__init__ is construct
+
+
 def test_figures_that_json_cannot_say_are_an_error(capsys):
     assert run(lambda arguments: Result("", {"figure": float("nan")}), "--json") == 2
     captured = capsys.readouterr()
@@ -153,6 +182,20 @@ def test_values():
     assert positive_number("1e-3") == 0.001
     with pytest.raises(argparse.ArgumentTypeError, match="must be at least 2, got 1"):
         whole_number(2)("1")
+    assert [rate("0"), rate("2e-4")] == [0.0, 2e-4]
+    for text in ("-1", "inf", "nan", "fast"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"must be a number of at least 0, got '{text}'"):
+            rate(text)
+
+
+def test_former_spellings_are_understood_and_not_shown(capsys):
+    parser = ToolParser(prog="tool")
+    parser.add_shared("--tokens", former=("--length",), help="of a sequence")
+    assert parser.parse_args(["--length", "3"]).tokens == parser.parse_args(["--tokens", "3"]).tokens == 3
+    assert "--length" not in parser.format_help()
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--length", "0"])
+    assert "argument --tokens: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_options_of_all_tools_stand_before_or_after_a_command():
@@ -163,8 +206,49 @@ def test_options_of_all_tools_stand_before_or_after_a_command():
     assert not hasattr(parser.parse_args(["go"]), "quiet")
 
 
-def test_there_are_five_tools():
-    assert sorted(TOOLS) == ["attnres-bench", "attnres-convert", "attnres-eval", "attnres-inspect", "attnres-plan"]
+# --- All tools and examples ------------------------------------------------------------------------------------------
+
+# Where a tool gives an option another form: `compare` can write the figures to a file, and a loss needs two tokens.
+OTHER_FORMS = {("attnres-eval compare", "--json"), ("attnres-inspect", "--tokens")}
+
+
+def all_parsers() -> list[argparse.ArgumentParser]:
+    """The parser of every tool and example, and of their commands."""
+    mains = [point.load().__globals__ for point in TOOLS.values()]
+    mains += [vars(importlib.import_module(path.stem)) for path in sorted(EXAMPLES.glob("*.py"))]
+    parsers = [main["build_parser"]() for main in mains]
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    return parsers
+
+
+@pytest.mark.parametrize("parser", all_parsers(), ids=lambda parser: parser.prog)
+def test_one_way_of_speaking(parser):
+    assert isinstance(parser, ToolParser)
+    plain = argparse.ArgumentParser()
+    for action in parser._actions:
+        (*_, name) = action.option_strings or [action.metavar or "{" + ",".join(action.choices) + "}"]
+        assert action.help, f"{name} has no help"
+        assert not action.help.endswith("."), name
+        if not action.option_strings:
+            assert name == name.upper() or action.choices, name
+            continue
+        assert re.fullmatch("--[a-z0-9]+(-[a-z0-9]+)*", name)
+        if name in SHARED and (parser.prog, name) not in OTHER_FORMS:
+            due = plain.add_argument(name, **SHARED[name])
+            assert type(action) is type(due), name
+            for field in ("type", "choices", "nargs", "metavar"):
+                assert getattr(action, field) == getattr(due, field), (name, field)
+
+
+def test_no_option_has_a_second_name_for_what_is_shared():
+    """What earlier versions and other projects call it."""
+    names = {name for parser in all_parsers() for action in parser._actions for name in action.option_strings}
+    others = {"--out", "--output-dir", "--device-map", "--precision", "--batch", "--length", "--block-size"}
+    others |= {"--eval-steps", "--save-steps", "--activation-checkpointing", "--learning-rate", "--max-steps"}
+    assert names & others == set()
 
 
 @pytest.mark.parametrize("name", TOOLS)

@@ -4,13 +4,10 @@
 
 import re
 from importlib import import_module
-from pathlib import Path
 
 import pytest
-from documented import ROOT, check_command, commands, read_blocks, run_page
-from tiny_backbones import tiny_backbone
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from documents import broken_links
+from pages import ROOT, WORDS, check_command, commands, read_blocks, run_page, save_source
 
 from modeling_attnres.conversion import convert, fetch
 
@@ -24,10 +21,9 @@ PAGES = sorted(
 RUN = [DOCS / name for name in ("index.md", "quickstart.md", "how-it-works.md")] + sorted(
     (DOCS / "tutorials").glob("*.md")
 )
-WORDS = ["<unk>", "<s>", "</s>", "Why", "is", "the", "sky", "blue", "?"]
 SHORTER = {
-    "python examples/finetune.py": ["--steps", "2", "--block-size", "16", "--eval-blocks", "2"],
-    "python examples/pretrain.py": ["--steps", "2", "--length", "16", "--vocab-size", "300", "--batch", "2"],
+    "python examples/finetune.py": ["--steps", "2", "--tokens", "16", "--eval-blocks", "2"],
+    "python examples/pretrain.py": ["--steps", "2", "--tokens", "16", "--vocab-size", "300", "--batch-size", "2"],
     "attnres-eval run": ["--limit", "2", "--batch_size", "8"],
     "attnres-inspect": ["--sequences", "1", "--tokens", "32"],
 }
@@ -37,14 +33,9 @@ SHORTER = {
 def folder(tmp_path, monkeypatch):
     """The working directory of a reader: a model, its converted form, and texts, under the names that pages use."""
     source = tmp_path / "path" / "to" / "model"
-    AutoModelForCausalLM.from_config(tiny_backbone("llama")).save_pretrained(source)
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    ).save_pretrained(source)
+    save_source(source)
     (tmp_path / "path" / "to" / "texts").mkdir()
-    text = " ".join(f"{word} {WORDS[3 + index % 5]}" for index, word in enumerate(WORDS[3:] * 200))
+    text = " ".join(f"{word} {WORDS[index % 5]}" for index, word in enumerate(WORDS * 200))
     for path in ("text.txt", "texts/a.txt", "texts/b.txt"):
         (tmp_path / "path" / "to" / path).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -68,34 +59,9 @@ def test_what_cannot_run_is_known(page):
                 check_command(words)
 
 
-def prose(page: Path) -> str:
-    """A page without its fenced blocks, and without code spans that look like links."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"`[^`\n]*\]\([^`\n]*`", "", text)
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub and the site make them."""
-    found: list[str] = []
-    for heading in re.findall(r"^#{1,6} (.+)$", prose(page), re.MULTILINE):
-        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
-        slug = re.sub(r"[^\w\- ]", "", text).strip().replace(" ", "-")
-        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
-    return set(found)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(r"(?:src|href)=\"([^\"]+)\"", prose(page))
-    for link in links:
-        if "://" in link:
-            assert link.startswith("https://"), link
-            continue
-        path, _, anchor = link.partition("#")
-        target = (page.parent / path).resolve() if path else page
-        assert target.exists(), link
-        assert target.is_relative_to(ROOT), link
-        assert not anchor or anchor in anchors(target), link
+    assert broken_links(page) == []
 
 
 def test_every_page_is_in_the_navigation():

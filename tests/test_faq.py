@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from documented import ROOT, read_blocks
+from pages import ROOT, read_blocks
 from peft import LoraConfig, get_peft_model
 from tiny_backbones import tiny_backbone
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2VLConfig

@@ -41,7 +41,7 @@ class DepthDynamics(TrainerCallback):
         path = self.folder / "dynamics.jsonl"
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # What an interrupted run measured after the checkpoint that this one resumes from is measured again.
+            # A resumed run repeats the steps after its checkpoint, so drop their measurements.
             kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             kept = [line for line in kept if json.loads(line)["step"] < state.global_step]
             path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from modeling_attnres.text_files import write_text
+
 
 class JsonlMetrics(TrainerCallback):
     """Appends every record that Trainer logs to a file, as `{"step": ..., "loss": ..., ...}` on a line of its own.
@@ -52,13 +54,11 @@ class JsonlMetrics(TrainerCallback):
             self._records = {}
             if self.path.exists():
                 self._records = {_key(record): record for record in read_metrics(self.path)}
-                self._rewrite()  # without what a killed process left of its last line
+                self._rewrite()  # drop the half line that a killed process left
         return self._records
 
     def _rewrite(self):
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in self._records.values()), encoding="utf-8")
-        partial.replace(self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in self._records.values()))
 
 
 def _key(record: dict) -> tuple:
@@ -113,7 +113,7 @@ def plot_metrics(
     if not curves:
         raise ValueError(f"`keys` must name metrics of the records, got {list(keys)} for {list(runs.values())}.")
 
-    # Without pyplot: no display, and the user's backend stays as it is.
+    # pyplot would need a display or change the user's backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

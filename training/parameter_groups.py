@@ -85,7 +85,9 @@ def attnres_parameter_groups(
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if _DEPTH_ATTENTION.search(name):
         return "depth_attention"
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # under DeepSpeed's ZeRO-3 a parameter is empty at rest
+    shape = getattr(
+        parameter, "ds_shape", parameter.shape
+    )  # under DeepSpeed's ZeRO-3 a parameter is empty between uses
     return "no_decay" if len(shape) < 2 or _NO_DECAY.search(name) else "decay"
 
 

@@ -28,16 +28,30 @@ DEFAULT_ROUNDS = {"prefill": 9, "decode": 150, "train": 9, "compiled": 15, "coun
 
 def build_parser() -> ToolParser:
     parser = ToolParser(prog="attnres-bench", description=__doc__)
-    parser.add_argument("--preset", choices=list(PRESETS), default="135M", help="shape of the backbone")
-    parser.add_argument("--mode", choices=list(DEFAULT_ROUNDS), nargs="+", default=["prefill"])
-    parser.add_argument("--variants", choices=list(VARIANTS), nargs="+", default=["figure2", "block", "block-sum"])
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="135M", help="shape of the backbone (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=list(DEFAULT_ROUNDS),
+        nargs="+",
+        default=["prefill"],
+        help="what to measure (default: prefill)",
+    )
+    parser.add_argument(
+        "--variants",
+        choices=list(VARIANTS),
+        nargs="+",
+        default=["figure2", "block", "block-sum"],
+        help="what to measure beside the PreNorm base (default: figure2 block block-sum)",
+    )
     parser.add_shared("--dtype", default="float32", help="of weights and activations (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models are timed")
-    parser.add_argument("--batch", type=positive_int, default=1)
-    parser.add_argument("--tokens", type=positive_int, default=512, help="prompt, sequence or KV cache length")
+    parser.add_shared("--device", default="cpu", help="where models are timed: cpu or cuda (default: %(default)s)")
+    parser.add_shared("--batch-size", former=("--batch",), default=1, help="sequences (default: %(default)s)")
+    parser.add_shared("--tokens", default=512, help="prompt, sequence or KV cache length (default: %(default)s)")
     rounds = ", ".join(f"{mode} {count}" for mode, count in DEFAULT_ROUNDS.items())
     parser.add_argument("--rounds", type=positive_int, default=None, help=f"default by mode: {rounds}")
-    parser.add_argument("--threads", type=positive_int, default=1)
+    parser.add_argument("--threads", type=positive_int, default=1, help="of PyTorch (default: %(default)s)")
     parser.add_shared("--seed", default=0, help="of the weights (default: %(default)s)")
     parser.add_argument(
         "--published",
@@ -81,15 +95,16 @@ def run(arguments: argparse.Namespace) -> Result:
 
 def _check(arguments: argparse.Namespace):
     """Raises a ValueError if what is asked for cannot be done."""
-    on_gpu = arguments.gpu_day or arguments.device == "cuda"
+    kind = arguments.device.type
+    clock_for(kind)
     off_gpu = sorted({"counts", "launches"} & set(arguments.mode))
-    if on_gpu and not torch.cuda.is_available():
-        raise ValueError("`--device cuda` and `--gpu-day` need a CUDA device, and PyTorch finds none.")
+    if arguments.gpu_day and not torch.cuda.is_available():
+        raise ValueError("`--gpu-day` needs a CUDA device, and PyTorch finds none.")
     if arguments.gpu_day and arguments.output is None:
         raise ValueError("`--gpu-day` needs `--output`, a folder for what it finds.")
-    if arguments.device == "cuda" and arguments.published is not None:
+    if kind == "cuda" and arguments.published is not None:
         raise ValueError("`--published` is measured on the processor: leave out `--device cuda`.")
-    if arguments.device == "cuda" and off_gpu:
+    if kind == "cuda" and off_gpu:
         raise ValueError(f"`--mode {off_gpu[0]}` is counted on the processor: leave out `--device cuda`.")
 
 
@@ -125,10 +140,10 @@ def run_case(arguments: argparse.Namespace) -> Result:
         lineup = build_lineup(shape, arguments.variants, dtype, seed=arguments.seed, device=arguments.device)
         results["equality"] = errors = check_equality(lineup)
         print("equality gate passed:", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
-    name = f"{arguments.preset} {arguments.dtype} b{arguments.batch} t{arguments.tokens}"
+    name = f"{arguments.preset} {arguments.dtype} b{arguments.batch_size} t{arguments.tokens}"
     for mode in arguments.mode:
         if mode == "launches":
-            rows = launch_rows(shape, arguments.variants, arguments.batch, arguments.tokens, dtype)
+            rows = launch_rows(shape, arguments.variants, arguments.batch_size, arguments.tokens, dtype)
         else:
             rows = _run_mode(mode, lineup, arguments, name)
         print(format_table(rows), end="\n\n", flush=True)
@@ -140,7 +155,7 @@ def run_case(arguments: argparse.Namespace) -> Result:
 
 
 def _run_mode(mode: str, lineup: Lineup, arguments: argparse.Namespace, name: str) -> list[dict]:
-    batch, tokens = arguments.batch, arguments.tokens
+    batch, tokens = arguments.batch_size, arguments.tokens
     rounds = arguments.rounds or DEFAULT_ROUNDS[mode]
     if mode == "counts":
         return count_rows(lineup, tokens, batch)
@@ -153,7 +168,7 @@ def _run_mode(mode: str, lineup: Lineup, arguments: argparse.Namespace, name: st
         ]
     timer = {"prefill": time_prefill, "decode": time_decode, "train": time_training}[mode]
     rows = timing_rows(f"{mode} {name}", timer(lineup, batch, tokens, rounds, description=f"{mode} {name}"), label)
-    if arguments.device == "cuda" and mode != "decode":
+    if arguments.device.type == "cuda" and mode != "decode":
         add_traffic(rows, lineup, mode, batch, tokens)
     return rows
 

@@ -92,7 +92,7 @@ class SavedBytes:
 
 
 def saved_for_backward(lineup: Lineup, variant: str, tokens: int, batch: int = 1) -> SavedBytes:
-    """Runs a forward with gradients (no loss: its share is the base's affair) and measures what it keeps."""
+    """Runs a forward with gradients (no loss: it costs the base the same) and measures what it keeps."""
     model, input_ids = lineup.models[variant], random_tokens(lineup.shape, batch, tokens)
     arguments, bank = {"input_ids": input_ids, "use_cache": False}, None
     if VARIANTS.get(variant, ("base",))[0] == "attnres":

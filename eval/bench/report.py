@@ -15,6 +15,8 @@ import torch
 import transformers
 
 import modeling_attnres
+from modeling_attnres.tables import aligned_table, markdown_table
+from modeling_attnres.text_files import write_text
 
 from .clocks import clock_for
 from .counting import operations_per_sublayer, prefill_peak_bytes, saved_for_backward, training_peak_bytes
@@ -115,17 +117,13 @@ def count_rows(lineup: Lineup, tokens: int, batch: int) -> list[dict]:
 def format_table(rows: Sequence[dict]) -> str:
     """Rows with the same keys as an aligned text table; floats with three digits."""
     header = list(rows[0])
-    cells = [header, *([_cell(row[name]) for name in header] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return aligned_table(header, [[_cell(row[name]) for name in header] for row in rows])
 
 
 def format_markdown(rows: Sequence[dict]) -> str:
     """Rows as a Markdown table; a row may lack columns."""
     header = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [header, ["---"] * len(header), *([_cell(row.get(name)) for name in header] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, [[_cell(row.get(name)) for name in header] for row in rows])
 
 
 def _cell(value: object) -> str:
@@ -147,11 +145,3 @@ def write_csv(path: Path, rows: Sequence[dict]):
         writer.writerows(rows)
         buffer.seek(0)
         write_text(path, buffer.read())
-
-
-def write_text(path: Path, text: str):
-    """Writes `text` in one piece."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

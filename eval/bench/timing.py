@@ -87,7 +87,7 @@ def take_turns(
     timings = {name: Timing([], []) for name in names}
     collecting = gc.isenabled()
     gc.collect()
-    gc.freeze()  # what is alive now need not be looked through in every round
+    gc.freeze()  # do not scan objects that are already alive in every round
     gc.disable()
     try:
         for index in tqdm(range(warmup + rounds), desc=description, leave=False):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The example as a user runs it, on a tiny model and text."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ import finetune
 
 
 BLOCK = 16
-SETTINGS = f"--block-size {BLOCK} --batch-size 4 --eval-blocks 4 --steps 6 --eval-every 3 --lr 1e-2 --query-lr 1e-2"
+SETTINGS = f"--tokens {BLOCK} --batch-size 4 --eval-blocks 4 --steps 6 --eval-every 3 --lr 1e-2 --query-lr 1e-2"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def folder(tmp_path_factory):
 
 def run(folder, output, arguments: str = "", model: str = "attnres") -> dict[int, float]:
     arguments = f"--model {folder / model} --text {folder / 'texts'} --output {output} {SETTINGS} {arguments}"
-    return finetune.main(arguments.split())
+    return finetune.run(finetune.build_parser().parse_args(arguments.split()))
 
 
 def first_loss(output) -> float:
@@ -116,9 +117,21 @@ def test_errors_come_before_the_work(folder, tmp_path):
     with pytest.raises(ValueError, match="needs a converted model, got a 'llama' model"):
         run(folder, tmp_path, "--train queries", "prenorm")
     with pytest.raises(ValueError, match="must fill blocks of 2048 tokens"):
-        run(folder, tmp_path, "--block-size 2048")
-    with pytest.raises(ValueError, match=r"must be a text file or a folder of \*\.txt files"):
-        finetune.main(f"--model {folder / 'attnres'} --text {folder / 'attnres'} --output {tmp_path}".split())
+        run(folder, tmp_path, "--tokens 2048")
+    with pytest.raises(ValueError, match=r"must be a text file or a folder with \*\.txt files"):
+        run(folder, tmp_path, f"--text {folder / 'attnres'}")
     (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(ValueError, match="must be a new folder, or give --resume"):
         run(folder, tmp_path)
+
+
+def test_the_command_speaks_as_the_tools_do(folder, tmp_path, capsys):
+    arguments = f"--model {folder / 'attnres'} --text {folder / 'texts'} --output {tmp_path}"
+    # `--block-size` is the former name of `--tokens`.
+    assert finetune.main(f"{arguments} --block-size {BLOCK} --steps 1 --eval-blocks 1 --json --quiet".split()) == 0
+    captured = capsys.readouterr()
+    assert set(json.loads(captured.out)) == {"0", "1"}
+    assert captured.err == ""
+    assert finetune.main(f"{arguments} --train queries".split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("finetune.py: error: `--output` must be a new folder, or give --resume")

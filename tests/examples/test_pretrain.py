@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import pretrain
 
 
-ALWAYS = ["--batch", "2", "--length", "16", "--vocab-size", "300", "--lr", "1e-2", "--eval-steps", "4"]
+ALWAYS = ["--batch-size", "2", "--tokens", "16", "--vocab-size", "300", "--lr", "1e-2", "--eval-every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,8 @@ def texts(tmp_path_factory):
 
 
 def run(texts, output, preset, *extra, steps=8):
-    return pretrain.main(
-        ["--preset", preset, "--text", str(texts), "--output", str(output), "--steps", str(steps), *ALWAYS, *extra]
-    )
+    arguments = ["--preset", preset, "--text", str(texts), "--output", str(output), "--steps", str(steps)]
+    return pretrain.run(pretrain.build_parser().parse_args([*arguments, *ALWAYS, *extra]))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +45,7 @@ def run(texts, output, preset, *extra, steps=8):
     [
         ("tiny-prenorm", [], None),
         ("tiny-full", ["--set", "depth_attention_type=sigmoid"], "sigmoid"),
-        ("tiny-block", ["--activation-checkpointing", "--bf16"], "softmax"),
+        ("tiny-block", ["--gradient-checkpointing", "--bf16"], "softmax"),
     ],
 )
 def test_a_preset_is_pretrained(texts, tmp_path, preset, extra, kind):
@@ -69,10 +68,7 @@ def test_a_preset_is_pretrained(texts, tmp_path, preset, extra, kind):
 def test_variants_start_from_the_same_backbone_and_see_the_same_data(texts, tmp_path):
     """Paired runs: at zero queries and a learning rate of zero only the scale of what the layers read differs."""
     for name, preset in (("prenorm", "tiny-prenorm"), ("block", "tiny-block")):
-        pretrain.main(
-            ["--preset", preset, "--text", str(texts), "--output", str(tmp_path / name), "--steps", "2"]
-            + [*ALWAYS, "--lr", "0"]
-        )
+        run(texts, tmp_path / name, preset, "--lr", "0", steps=2)
     prenorm, block = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("prenorm", "block"))
     expected, found = prenorm.state_dict(), block.state_dict()
     assert torch.equal(found["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
@@ -90,12 +86,12 @@ class KillAtStep6(pretrain.JsonlMetrics):
 
 
 def test_resumed_equals_uninterrupted(texts, tmp_path, monkeypatch):
-    whole = run(texts, tmp_path / "whole", "tiny-block", "--save-steps", "4")
+    whole = run(texts, tmp_path / "whole", "tiny-block", "--save-every", "4")
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "JsonlMetrics", KillAtStep6)
         with pytest.raises(Killed):
-            run(texts, tmp_path / "halted", "tiny-block", "--save-steps", "4")
-    resumed = run(texts, tmp_path / "halted", "tiny-block", "--save-steps", "4", "--resume")
+            run(texts, tmp_path / "halted", "tiny-block", "--save-every", "4")
+    resumed = run(texts, tmp_path / "halted", "tiny-block", "--save-every", "4", "--resume")
     assert resumed == whole
     expected, found = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "halted")
@@ -110,7 +106,7 @@ def test_resumed_equals_uninterrupted(texts, tmp_path, monkeypatch):
         (["--set", "depth_window"], "`--set` takes name=value, got 'depth_window'"),
         (["--set", "window=3"], "has no field `window`"),
         (["--resume"], "`--resume` needs a checkpoint in `--output`"),
-        (["--length", "100000"], "`--length` must not exceed"),
+        (["--tokens", "100000"], "`--tokens` must not exceed"),
     ],
 )
 def test_bad_requests_are_refused_before_training(texts, tmp_path, extra, message):
@@ -120,7 +116,7 @@ def test_bad_requests_are_refused_before_training(texts, tmp_path, extra, messag
 
 
 def test_a_folder_without_texts_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`--text` must be a folder with"):
+    with pytest.raises(ValueError, match="`--text` must be a text file or a folder with"):
         run(tmp_path, tmp_path / "out", "tiny-block")
 
 
@@ -128,3 +124,14 @@ def test_overrides_are_json_or_words():
     found = pretrain.parse_overrides(["sublayers_per_block=4", "depth_weights=sum", 'text_config={"hidden_size": 64}'])
     assert found == {"sublayers_per_block": 4, "depth_weights": "sum", "text_config": {"hidden_size": 64}}
     assert load_preset("tiny-block", **found).hidden_size == 64
+
+
+def test_the_command_speaks_as_the_tools_do(texts, tmp_path, capsys):
+    arguments = ["--preset", "tiny-block", "--text", str(texts), "--output", str(tmp_path / "out"), "--steps", "1"]
+    former = ["--batch", "2", "--length", "16", "--eval-steps", "1", "--save-steps", "1", "--activation-checkpointing"]
+    assert pretrain.main([*arguments, *former, "--vocab-size", "300", "--json", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["training_tokens"] == 32
+    assert captured.err == ""
+    assert pretrain.main([*arguments[:-2], "--set", "depth_window"]) == 2
+    assert capsys.readouterr().err == "pretrain.py: error: `--set` takes name=value, got 'depth_window'.\n"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_clocks import FakeCuda
 
+from modeling_attnres.command_line import SHARED
 from modeling_attnres.eval.bench import cli, report, timing
 from modeling_attnres.eval.bench.clocks import GpuClock
 from modeling_attnres.eval.bench.models import EqualityGateError
@@ -64,7 +65,7 @@ def test_published_launches_write_the_tables_of_the_documentation(monkeypatch, t
     assert (tmp_path / "launches.md").read_text() == "| tables |\n"
 
 
-@pytest.mark.parametrize("option", ["--tokens", "--rounds", "--batch", "--threads"])
+@pytest.mark.parametrize("option", ["--tokens", "--rounds", "--batch-size", "--threads"])
 def test_counts_below_one_are_refused(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main([option, "0"])
@@ -74,7 +75,7 @@ def test_counts_below_one_are_refused(option, capsys):
 def test_launches_are_counted_without_weights(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "build_lineup", None)
 
-    options = "--mode launches --preset tiny --dtype bf16 --batch 4 --tokens 4096 --variants block"
+    options = "--mode launches --preset tiny --dtype bf16 --batch-size 4 --tokens 4096 --variants block"
     cli.main([*options.split(), "--output", str(tmp_path)])
 
     rows = json.loads((tmp_path / "results.json").read_text())["launches"]
@@ -85,8 +86,8 @@ def test_launches_are_counted_without_weights(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "cuda", "sentence"),
     [
-        (["--device", "cuda"], False, "`--device cuda` and `--gpu-day` need a CUDA device, and PyTorch finds none."),
-        (["--gpu-day"], False, "`--device cuda` and `--gpu-day` need a CUDA device, and PyTorch finds none."),
+        (["--device", "mps"], False, "`device` must be 'cpu' or 'cuda', got 'mps'."),
+        (["--gpu-day"], False, "`--gpu-day` needs a CUDA device, and PyTorch finds none."),
         (["--gpu-day"], True, "`--gpu-day` needs `--output`, a folder for what it finds."),
         (
             ["--device", "cuda", "--published"],
@@ -102,6 +103,7 @@ def test_launches_are_counted_without_weights(monkeypatch, tmp_path, capsys):
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(arguments, cuda, sentence, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setitem(SHARED["--device"], "type", torch.device)  # as if they were there
 
     assert cli.main([*TINY, *arguments]) == 2
     assert capsys.readouterr().err == f"attnres-bench: error: {sentence}\n"
@@ -125,6 +127,7 @@ def test_models_are_timed_on_a_gpu(monkeypatch, tmp_path, capsys):
     cuda = FakeCuda()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setitem(SHARED["--device"], "type", torch.device)
     clock = GpuClock(cuda)
     for module in (cli, report, timing):
         monkeypatch.setattr(module, "clock_for", lambda device: clock)

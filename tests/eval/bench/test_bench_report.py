@@ -26,7 +26,7 @@ def test_rows_compare_with_the_base_and_figure_2():
 def test_table_is_aligned():
     table = format_table([{"name": "a", "value": 1.23456}, {"name": "longer", "value": None}])
 
-    assert table.splitlines() == ["name    value", "------  -----", "a       1.235", "longer"]
+    assert table.splitlines() == ["name    value", "-------------", "a       1.235", "longer"]
 
 
 def test_files_are_written_in_one_piece(tmp_path):

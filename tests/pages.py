@@ -17,9 +17,32 @@ from importlib.metadata import entry_points
 from io import StringIO
 from pathlib import Path
 
+from tiny_backbones import tiny_backbone
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(?:^<!-- not run: (.+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+WORDS = ["Why", "is", "the", "sky", "blue", "?"]
+
+
+def save_source(folder: Path):
+    """A tiny PreNorm model and its tokenizer, for what pages call `path/to/model`."""
+    AutoModelForCausalLM.from_config(tiny_backbone("llama")).save_pretrained(folder)
+    words = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        chat_template="{{ messages[0].content }}",
+    ).save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -91,8 +114,7 @@ def run_command(words: list[str], shorter: dict[str, list[str]]) -> int:
     command = " ".join(words)
     added = [word for start, more in shorter.items() if command.startswith(start) for word in more]
     if words[0] == "python":
-        example(words[1]).main([*words[2:], *added])
-        return 0
+        return example(words[1]).main([*words[2:], *added])
     return tool(words[0]).load()([*words[1:], *added])
 
 
