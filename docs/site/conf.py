@@ -21,9 +21,7 @@ release = version = modeling_attnres.__version__
 
 root_doc = "docs/index"
 include_patterns = [
-    "README.md",
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
+    "*.md",
     "configuration/README.md",
     "conversion/README.md",
     "docs/**.md",
