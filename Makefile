@@ -63,7 +63,7 @@ bench: install
 
 # Probes every decoder of the installed Transformers; writes docs/backbones.md.
 backbones: install
-	$(BIN)/python -m modeling_attnres.conversion.backbone_table --page docs/backbones.md
+	$(BIN)/python -m modeling_attnres.conversion.backbone_table --document docs/backbones.md
 
 # The site, in build/site. A broken link, an unknown reference or a resource from another host fails the build.
 docs: .venv/installed-docs

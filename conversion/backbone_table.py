@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which decoders of the installed Transformers can carry depth attention, as a table; the others with the reason.
 
-    python -m modeling_attnres.conversion.backbone_table --page docs/backbones.md
+    python -m modeling_attnres.conversion.backbone_table --document docs/backbones.md
 
-Without `--page` the table is printed. It says what probing every model type's default configuration has found, which
+Without `--document` the table is printed. It says what probing every model type's default configuration has found, which
 takes about a minute; nothing in it is written by hand.
 """
 
@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import transformers
@@ -23,10 +22,10 @@ from modeling_attnres import AttnResConfig
 from modeling_attnres.backbone_attnres import backbone_class, judged_backbones
 from modeling_attnres.command_line import Result, ToolParser, run_tool
 from modeling_attnres.tables import markdown_table
-from modeling_attnres.text_files import write_text
+from modeling_attnres.text_files import split_at_marks, write_text
 
 
-BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+BEGIN, END = "<!-- backbones: begin -->", "<!-- backbones: end -->"
 NOT_JUDGED = "cannot be judged"
 
 
@@ -111,39 +110,26 @@ def _names(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def split_page(page: Path) -> tuple[str, str, str]:
-    """What stands before, between and after the markers of a page; the markers belong to the outer parts.
-
-    Raises:
-        ValueError: if the page is not there or has no markers.
-    """
-    if not page.is_file():
-        raise ValueError(f"`--page` must be a Markdown file, got {page}.")
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    table, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"`--page` must hold the lines {BEGIN.strip()} and {END.strip()}, got {page}.")
-    return before + begin, table, end + after
-
-
 def build_parser() -> ToolParser:
     parser = ToolParser(
-        prog="backbone_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m modeling_attnres.conversion.backbone_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page to renew between its markers")
+    parser.add_shared("--document")
     parser.add_shared("--json")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> Result:
     logging.set_verbosity_error()
-    page = arguments.page
-    parts = split_page(page) if page is not None else None
+    document = arguments.document
+    parts = split_at_marks(document, BEGIN, END) if document is not None else None
     rows, refused, unjudged = find_backbones()
     text = table = to_markdown(rows, refused, unjudged)
     if parts is not None:
-        write_text(page, parts[0] + table + parts[2])
-        text = f"wrote {page}"
+        write_text(document, f"{parts[0]}\n{table}{parts[2]}")
+        text = f"wrote {document}"
     return Result(text, {"supported": [asdict(row) for row in rows], "refused": refused, "not judged": unjudged})
 
 

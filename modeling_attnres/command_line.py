@@ -150,6 +150,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--num-blocks": {"type": positive_int, "metavar": "N"},
     "--sublayers-per-block": {"type": positive_int, "metavar": "S"},
     "--depth-weights": {"choices": ["sum", "mean"]},
+    "--document": {"type": Path, "metavar": "FILE", "help": "page to write the table into, between its marks"},
     "--names": {"nargs": "+", "metavar": "NAME"},
 }
 

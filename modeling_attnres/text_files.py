@@ -35,6 +35,21 @@ def load_texts(path: Path) -> list[str]:
     return texts
 
 
+def split_at_marks(document: Path, begin: str, end: str) -> tuple[str, str, str]:
+    """What stands before, between and after two marks of a page; the marks belong to the outer parts.
+
+    Raises:
+        ValueError: if the page is not there or has no marks.
+    """
+    if not document.is_file():
+        raise ValueError(f"`--document` must be a file, got {document}.")
+    before, found_begin, rest = document.read_text(encoding="utf-8").partition(begin)
+    between, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"`--document` must hold {begin} and {end}, got {document}.")
+    return before + begin, between, end + after
+
+
 def write_text(path: Path, text: str):
     """Writes a file in UTF-8, and its folder if need be. The file is complete, or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ runs a small model on P processes of this machine and prints one line per way of
 """
 
 import argparse
+import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
+from modeling_attnres.command_line import Result, ToolParser, positive_int, run_tool
 from modeling_attnres.parallel.layout import CACHING, formula_summaries
 from modeling_attnres.parallel.stages import pipeline_stages
+from modeling_attnres.tables import markdown_table
 
 
 MICRO_BATCHES, BATCH, TOKENS, WIDTH = 2, 1, 8, 16
@@ -109,16 +112,10 @@ def count_caching(mesh, virtual_stages: int, layers_per_stage: int, sublayers_pe
 
 def format_table(found: list[dict]) -> str:
     """What [`count_caching`] found as a table in Markdown."""
-    lines = [
-        "| caching | block summaries sent | closed form | embedding | returned in backward | largest transition |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| `{row['caching']}` | {row['summaries']:g} | {row['formula']} | {row['embedding']} | "
-        f"{row['backward']:g} | {row['peak']} |"
-        for row in found
-    ]
-    return "\n".join(lines)
+    header = ("caching", "block summaries sent", "closed form", "embedding", "returned in backward")
+    numbers = ("summaries", "formula", "embedding", "backward", "peak")
+    rows = [[f"`{row['caching']}`", *(f"{row[name]:g}" for name in numbers)] for row in found]
+    return markdown_table((*header, "largest transition"), rows)
 
 
 def _worker(rank: int, options: argparse.Namespace, rendezvous: str):
@@ -133,29 +130,42 @@ def _worker(rank: int, options: argparse.Namespace, rendezvous: str):
         print(format_table(found))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The options of the command."""
-    parser = argparse.ArgumentParser(prog="python -m modeling_attnres.parallel.count_bytes", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4, help="P (default 4)")
-    parser.add_argument("--virtual-stages", type=int, default=2, help="V (default 2)")
-    parser.add_argument("--layers-per-stage", type=int, default=1, help="decoder layers per stage (default 1)")
-    parser.add_argument("--sublayers-per-block", type=int, default=2, help="S, a divisor of a stage's sublayers")
+    parser = ToolParser(
+        prog="python -m modeling_attnres.parallel.count_bytes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ranks", type=positive_int, default=4, help="P (default: %(default)s)")
+    parser.add_argument("--virtual-stages", type=positive_int, default=2, help="V (default: %(default)s)")
+    parser.add_argument(
+        "--layers-per-stage", type=positive_int, default=1, help="decoder layers (default: %(default)s)"
+    )
+    parser.add_shared(
+        "--sublayers-per-block", default=2, help="a divisor of a stage's sublayers (default: %(default)s)"
+    )
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and prints the table, in vectors of D elements per token."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see [`modeling_attnres.command_line`]."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     if 2 * options.layers_per_stage % options.sublayers_per_block:
         parser.error(
             f"--sublayers-per-block must divide the {2 * options.layers_per_stage} sublayers of a stage, got "
             f"{options.sublayers_per_block}"
         )
+    return run_tool(parser.prog, run, options)
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Prints the table, in vectors of D elements per token."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_worker, (options, str(Path(folder) / "rendezvous")), nprocs=options.ranks)
-    return 0
+    return Result("", None)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -110,6 +110,6 @@ def test_the_documented_table_is_of_all_kernels():
 def test_a_document_without_marks_is_refused(tmp_path):
     document = tmp_path / "kernels.md"
     document.write_text("nothing")
-    with pytest.raises(ValueError, match="`document` must hold '<!-- resources: begin -->'"):
+    with pytest.raises(ValueError, match="`--document` must hold <!-- resources: begin -->"):
         kernel_resources.write_into(document, "table")
     assert document.read_text() == "nothing"

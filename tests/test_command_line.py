@@ -208,6 +208,8 @@ def test_options_of_all_tools_stand_before_or_after_a_command():
 
 # --- All tools and examples ------------------------------------------------------------------------------------------
 
+MODULES = ("conversion.backbone_table", "parallel.count_bytes")  # run by `python -m`
+
 # Where a tool gives an option another form: `compare` can write the figures to a file, and a loss needs two tokens.
 OTHER_FORMS = {("attnres-eval compare", "--json"), ("attnres-inspect", "--tokens")}
 
@@ -215,6 +217,7 @@ OTHER_FORMS = {("attnres-eval compare", "--json"), ("attnres-inspect", "--tokens
 def all_parsers() -> list[argparse.ArgumentParser]:
     """The parser of every tool and example, and of their commands."""
     mains = [point.load().__globals__ for point in TOOLS.values()]
+    mains += [vars(importlib.import_module(f"modeling_attnres.{name}")) for name in MODULES]
     mains += [vars(importlib.import_module(path.stem)) for path in sorted(EXAMPLES.glob("*.py"))]
     parsers = [main["build_parser"]() for main in mains]
     for parser in parsers:

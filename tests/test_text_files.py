@@ -4,7 +4,7 @@
 
 import pytest
 
-from modeling_attnres.text_files import load_text, load_texts, write_text
+from modeling_attnres.text_files import load_text, load_texts, split_at_marks, write_text
 
 
 def test_a_file_or_a_folder(tmp_path):
@@ -44,3 +44,13 @@ def test_a_file_is_written_in_one_piece(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "half \ud800")
     assert path.read_text(encoding="utf-8") == "ü\n"
+
+
+def test_a_page_is_split_at_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a<b>c<d>e", encoding="utf-8")
+    assert split_at_marks(page, "<b>", "<d>") == ("a<b>", "c", "<d>e")
+    with pytest.raises(ValueError, match=r"`--document` must hold <d> and <b>, got .*page\.md"):
+        split_at_marks(page, "<d>", "<b>")
+    with pytest.raises(ValueError, match=r"`--document` must be a file, got .*nowhere"):
+        split_at_marks(tmp_path / "nowhere", "<b>", "<d>")

@@ -10,6 +10,7 @@ Letters: D hidden size, n sources of a mix, R queries read together.
 import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from triton.compiler import ASTSource
 
 from modeling_attnres import depth_launch_attnres as launch
 from modeling_attnres import depth_triton_attnres as kernels
+from modeling_attnres.command_line import Result, ToolParser, positive_int, run_tool
+from modeling_attnres.text_files import split_at_marks, write_text
 
 
 COMPUTE_CAPABILITIES = (80, 90, 100)
@@ -161,28 +164,47 @@ def table(hidden_sizes: tuple[int, ...], compute_capabilities: tuple[int, ...]) 
 
 def write_into(document: Path, text: str):
     """Replaces what lies between the marks in `document`."""
-    before, mark, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, end_mark, after = rest.partition(END)
-    if not mark or not end_mark:
-        raise ValueError(f"`document` must hold {BEGIN!r} and {END!r}, got {str(document)!r}.")
-    temporary = document.with_suffix(".part")
-    temporary.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-    temporary.replace(document)
+    before, _, after = split_at_marks(document, BEGIN, END)
+    write_text(document, f"{before}\n\n{text}\n\n{after}")
 
 
-def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden-sizes", type=int, nargs="+", default=HIDDEN_SIZES, metavar="D")
-    parser.add_argument("--compute-capabilities", type=int, nargs="+", default=COMPUTE_CAPABILITIES, metavar="CC")
-    parser.add_argument("--document", type=Path, help="Markdown file with the marks between which the table belongs")
-    options = parser.parse_args(arguments)
+def build_parser() -> ToolParser:
+    parser = ToolParser(
+        prog="python -m modeling_attnres.eval.bench.kernel_resources", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--hidden-sizes", type=positive_int, nargs="+", default=HIDDEN_SIZES, metavar="D", help="of the models"
+    )
+    parser.add_argument(
+        "--compute-capabilities",
+        type=positive_int,
+        nargs="+",
+        default=COMPUTE_CAPABILITIES,
+        metavar="CC",
+        help="of the GPUs, such as 90",
+    )
+    parser.add_shared("--document")
+    return parser
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Prints the table line by line, and writes it into a page if asked to."""
+    if options.document is not None:
+        split_at_marks(options.document, BEGIN, END)  # a wrong page is an error before the kernels are compiled
     lines = []
     for line in table(tuple(options.hidden_sizes), tuple(options.compute_capabilities)):
         lines.append(line)
         print(line, flush=True)
     if options.document is not None:
         write_into(options.document, "\n".join(lines))
+    return Result("", None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see [`modeling_attnres.command_line`]."""
+    parser = build_parser()
+    return run_tool(parser.prog, run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,8 @@ from tiny_backbones import BACKBONES
 
 from modeling_attnres import supported_backbones
 from modeling_attnres.conversion import backbone_table
-from modeling_attnres.conversion.backbone_table import describe_backbone, main, split_page
+from modeling_attnres.conversion.backbone_table import BEGIN, END, build_parser, describe_backbone, main
+from modeling_attnres.text_files import split_at_marks
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
@@ -31,8 +32,8 @@ JUDGED = {
     reason="docs/backbones.md is about another version of Transformers",
 )
 def test_the_page_lists_what_is_supported_and_why_the_others_are_not():
-    table = split_page(PAGE)[1]
-    assert table == backbone_table.to_markdown(*backbone_table.find_backbones())
+    _, table, _ = split_at_marks(PAGE, BEGIN, END)
+    assert table == "\n" + backbone_table.to_markdown(*backbone_table.find_backbones())
     assert tuple(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)) == supported_backbones()
     assert set(BACKBONES) <= set(supported_backbones())
 
@@ -53,17 +54,17 @@ def test_a_row_tells_what_the_default_configuration_builds():
 def page(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(backbone_table, "judged_backbones", lambda: JUDGED)
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{backbone_table.BEGIN}old\n{backbone_table.END}below\n", encoding="utf-8")
+    page.write_text(f"above\n{BEGIN}old{END}\nbelow\n", encoding="utf-8")
     return page
 
 
 def test_a_page_is_renewed_between_its_markers(page, capsys):
-    assert main(["--page", str(page)]) == 0
+    assert main(["--document", str(page)]) == 0
     assert capsys.readouterr().out == f"wrote {page}\n"
     text = page.read_text(encoding="utf-8")
-    assert text.startswith(f"above\n{backbone_table.BEGIN}Transformers {transformers.__version__}: 2 supported, 2 ref")
+    assert text.startswith(f"above\n{BEGIN}\nTransformers {transformers.__version__}: 2 supported, 2 ref")
     assert "| its layers &lt;are> others | `gemma2`, `olmo2` |" in text
-    assert text.endswith(f"`lfm2_moe`.\n{backbone_table.END}below\n")
+    assert text.endswith(f"`lfm2_moe`.\n{END}\nbelow\n")
     assert "attnres" not in text
     assert [path.name for path in page.parent.iterdir()] == ["page.md"]
 
@@ -82,6 +83,6 @@ def test_a_wrong_page_is_refused(page, content, capsys):
     page.unlink()
     if content is not None:
         page.write_text(content)
-    assert main(["--page", str(page)]) == 2
-    assert capsys.readouterr().err.startswith("backbone_table: error: `--page` must ")
+    assert main(["--document", str(page)]) == 2
+    assert capsys.readouterr().err.startswith(f"{build_parser().prog}: error: `--document` must ")
     assert (page.read_text() if content is not None else None) == content
