@@ -5,6 +5,7 @@
 import re
 from glob import glob
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from documents import broken_links
