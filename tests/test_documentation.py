@@ -3,12 +3,14 @@
 """The pages of the site: their code runs, their links lead somewhere, and every page is in the navigation."""
 
 import re
+from functools import partialmethod
 from glob import glob
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from documents import broken_links
+from lm_eval.tasks import TaskManager
 from pages import ROOT, WORDS, check_command, commands, read_blocks, run_page, save_source
 
 from modeling_attnres.conversion import convert, fetch
@@ -42,6 +44,8 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / "path" / "to" / path).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fetch, "_download", lambda repo_id, revision: source)
+    # No page asks for a task of lm-eval's own, and their index takes most of a run's time.
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
     return tmp_path
 
 
