@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
@@ -71,10 +72,13 @@ def read_blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The commands of a shell block, as words; lines that end in a backslash go on, comments are left out."""
-    for line in block.code.replace("\\\n", " ").splitlines():
+    """The commands of a shell block, as words.
+
+    Lines that end in a backslash go on, `&&` begins another command; comments and where output goes are left out.
+    """
+    for line in block.code.replace("\\\n", " ").replace("&&", "\n").splitlines():
         if words := shlex.split(line, comments=True):
-            yield words
+            yield words[: words.index(">")] if ">" in words else words
 
 
 def run_page(page: Path, shorter: dict[str, list[str]]) -> int:
@@ -119,9 +123,20 @@ def run_command(words: list[str], shorter: dict[str, list[str]]) -> int:
 
 
 def check_command(words: list[str]):
-    """Checks a command that cannot run here against what defines it: a parser, the Makefile, the extras."""
+    """Checks a command that does not run here against what defines it: a parser, the Makefile, the extras."""
     name, *arguments = words
-    if name in PARSERS:
+    if name.startswith("attnres-"):
+        parsed, unknown = tool(name).load().__globals__["build_parser"]().parse_known_args(arguments)
+        assert vars(parsed)
+        assert not unknown or arguments[0] == "run", words  # lm-eval's own options
+    elif name == "python" and arguments[0] == "-m":
+        assert find_spec(arguments[1]) is not None, words
+    elif name == "python":
+        assert example(arguments[0]).build_parser().parse_args(arguments[1:]).output, words
+    elif name == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), words
+    elif name in PARSERS:
         parsed = PARSERS[name]().parse_args(arguments)
         assert vars(parsed)
     elif name == "pip":
@@ -133,7 +148,7 @@ def check_command(words: list[str]):
         serving = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")  # its commands run in `make test-vllm`
         assert {option for option in options if option not in serving} == set(), words
     else:
-        assert words in ALWAYS_THERE, f"no rule for the command {' '.join(words)}"
+        assert words in ALWAYS_THERE or name in OTHERS, f"no rule for the command {' '.join(words)}"
 
 
 def tool(name: str):
@@ -165,4 +180,5 @@ def _accelerate() -> argparse.ArgumentParser:
 
 
 PARSERS = {"torchrun": _torchrun, "accelerate": _accelerate}
+OTHERS = ("lm_eval", "tar", "xargs")
 ALWAYS_THERE = (["python3.11", "-m", "venv", ".venv"], ["source", ".venv/bin/activate"])

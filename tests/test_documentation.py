@@ -25,6 +25,8 @@ PAGES = sorted(
 RUN = [DOCS / name for name in ("index.md", "quickstart.md", "how-it-works.md")] + sorted(
     (DOCS / "tutorials").glob("*.md")
 )
+# test_readme.py has the README; tests/serving runs that page, in an environment with vLLM.
+CHECKED = [page for page in PAGES if page not in (*RUN, ROOT / "README.md", DOCS / "serving.md")]
 SHORTER = {
     "python examples/finetune.py": ["--steps", "2", "--tokens", "16", "--eval-blocks", "2"],
     "python examples/pretrain.py": ["--steps", "2", "--tokens", "16", "--vocab-size", "300", "--batch-size", "2"],
@@ -63,6 +65,29 @@ def test_what_cannot_run_is_known(page):
         if block.not_run:
             for words in commands(block):
                 check_command(words)
+
+
+@pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_of_other_pages_are_understood(page):
+    """Their programs run in tests of their own."""
+    for block in read_blocks(page):
+        if block.language == "bash":
+            for words in commands(block):
+                check_command(words)
+
+
+@pytest.mark.parametrize(
+    ("page", "result"),
+    [
+        ("configuration/README.md", "config.depth_weights == 'sum'"),
+        ("conversion/README.md", "report.max_logit_difference == 0"),
+    ],
+)
+def test_programs_of_readmes_run(page, result, folder):
+    (block,) = [block for block in read_blocks(ROOT / page) if block.language == "python"]
+    namespace: dict = {}
+    exec(compile(block.code.replace("path/to/llama", "path/to/model"), block.where, "exec"), namespace)
+    assert eval(result, namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
