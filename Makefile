@@ -12,7 +12,7 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-# All that the demo needs, in a quarter of the time. What is not compiled here Python compiles when it is imported.
+# What the demo needs and no more. Compiling every module would take longer than the rest: Python compiles those it imports.
 .venv/demo: setup.py pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[gguf]" matplotlib

@@ -25,9 +25,7 @@ def build_parser() -> ToolParser:
         description="Turn a pretrained PreNorm model into an Attention Residuals model that computes the same.",
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, .gguf file, or model id on the Hub")
-    out = parser.add_mutually_exclusive_group(required=True)
-    out.add_argument("out", nargs="?", metavar="OUT", help="folder to create")
-    parser.add_shared("--output", group=out, dest="out", default=argparse.SUPPRESS, help="the same as OUT")
+    parser.add_argument("out", metavar="OUT", help="folder to create")
     blocks = parser.add_mutually_exclusive_group()
     parser.add_shared("--num-blocks", group=blocks, help="blocks of depth (default: 8)")
     parser.add_shared("--sublayers-per-block", group=blocks, help="sublayers per block; 1 is Full AttnRes")

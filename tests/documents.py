@@ -8,7 +8,8 @@ from pathlib import Path
 
 def code_blocks(text: str, language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for name, block in blocks if name == language]
 
 
 def shell_commands(text: str) -> list[str]:

@@ -214,44 +214,53 @@ MODULES = ("conversion.backbone_table", "parallel.count_bytes")  # run by `pytho
 OTHER_FORMS = {("attnres-eval compare", "--json"), ("attnres-inspect", "--tokens")}
 
 
-def all_parsers() -> list[argparse.ArgumentParser]:
-    """The parser of every tool and example, and of their commands."""
-    mains = [point.load().__globals__ for point in TOOLS.values()]
-    mains += [vars(importlib.import_module(f"modeling_attnres.{name}")) for name in MODULES]
-    mains += [vars(importlib.import_module(path.stem)) for path in sorted(EXAMPLES.glob("*.py"))]
-    parsers = [main["build_parser"]() for main in mains]
-    for parser in parsers:
+def programs() -> list[str]:
+    """Names of all tools, and of the modules and examples that are run."""
+    examples = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*/__main__.py")]
+    names = [
+        ".".join(path.relative_to(EXAMPLES).with_suffix("").parts)
+        for path in sorted(examples)
+        if "__main__" in path.read_text(encoding="utf-8")
+    ]
+    return [*TOOLS, *(f"modeling_attnres.{name}" for name in MODULES), *names]
+
+
+def parsers_of(name: str) -> list[argparse.ArgumentParser]:
+    """The parser of a program, and of its commands."""
+    module = TOOLS[name].load().__globals__ if name in TOOLS else vars(importlib.import_module(name))
+    assert "build_parser" in module, f"{name} has no `build_parser`"
+    parser = module["build_parser"]()
+    commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(parser for action in commands for parser in action.choices.values())]
+
+
+# What earlier versions and other projects call what is shared.
+SECOND_NAMES = {"--out", "--output-dir", "--device-map", "--precision", "--batch", "--length", "--block-size"}
+SECOND_NAMES |= {"--eval-steps", "--save-steps", "--activation-checkpointing", "--learning-rate", "--max-steps"}
+
+
+@pytest.mark.parametrize("name", programs())
+def test_one_way_of_speaking(name):
+    for parser in parsers_of(name):
+        assert isinstance(parser, ToolParser)
         for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
-    return parsers
+            check_option(parser.prog, action)
 
 
-@pytest.mark.parametrize("parser", all_parsers(), ids=lambda parser: parser.prog)
-def test_one_way_of_speaking(parser):
-    assert isinstance(parser, ToolParser)
-    plain = argparse.ArgumentParser()
-    for action in parser._actions:
-        (*_, name) = action.option_strings or [action.metavar or "{" + ",".join(action.choices) + "}"]
-        assert action.help, f"{name} has no help"
-        assert not action.help.endswith("."), name
-        if not action.option_strings:
-            assert name == name.upper() or action.choices, name
-            continue
-        assert re.fullmatch("--[a-z0-9]+(-[a-z0-9]+)*", name)
-        if name in SHARED and (parser.prog, name) not in OTHER_FORMS:
-            due = plain.add_argument(name, **SHARED[name])
-            assert type(action) is type(due), name
-            for field in ("type", "choices", "nargs", "metavar"):
-                assert getattr(action, field) == getattr(due, field), (name, field)
-
-
-def test_no_option_has_a_second_name_for_what_is_shared():
-    """What earlier versions and other projects call it."""
-    names = {name for parser in all_parsers() for action in parser._actions for name in action.option_strings}
-    others = {"--out", "--output-dir", "--device-map", "--precision", "--batch", "--length", "--block-size"}
-    others |= {"--eval-steps", "--save-steps", "--activation-checkpointing", "--learning-rate", "--max-steps"}
-    assert names & others == set()
+def check_option(prog: str, action: argparse.Action):
+    (*_, name) = action.option_strings or [action.metavar or "{" + ",".join(action.choices) + "}"]
+    assert action.help, f"{name} has no help"
+    assert not action.help.endswith("."), name
+    if not action.option_strings:
+        assert name == name.upper() or action.choices, name
+        return
+    assert re.fullmatch("--[a-z0-9]+(-[a-z0-9]+)*", name)
+    assert name not in SECOND_NAMES
+    if name in SHARED and (prog, name) not in OTHER_FORMS:
+        due = argparse.ArgumentParser().add_argument(name, **SHARED[name])
+        assert type(action) is type(due), name
+        for field in ("type", "choices", "nargs", "metavar"):
+            assert getattr(action, field) == getattr(due, field), (name, field)
 
 
 @pytest.mark.parametrize("name", TOOLS)

@@ -73,7 +73,7 @@ def test_python_blocks_run(name, folder, monkeypatch, capsys):
 def test_the_shown_output_is_smollm2s(gguf_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_block(PYTHON_BLOCKS["readme-0"].replace(SOURCE, str(gguf_file)))
-    (shown,) = code_blocks(README, "")
+    shown, _layout = code_blocks(README, "")
     # Lines are broken for the page.
     assert capsys.readouterr().out.split() == shown.split()
 

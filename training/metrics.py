@@ -113,7 +113,7 @@ def plot_metrics(
     if not curves:
         raise ValueError(f"`keys` must name metrics of the records, got {list(keys)} for {list(runs.values())}.")
 
-    # pyplot would need a display or change the user's backend.
+    # Without pyplot: no display, and the user's backend stays as it is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> Result:
 def _check(arguments: argparse.Namespace):
     """Raises a ValueError if what is asked for cannot be done."""
     kind = arguments.device.type
-    clock_for(kind)
+    clock_for(kind)  # refuses devices that cannot be timed
     off_gpu = sorted({"counts", "launches"} & set(arguments.mode))
     if arguments.gpu_day and not torch.cuda.is_available():
         raise ValueError("`--gpu-day` needs a CUDA device, and PyTorch finds none.")

@@ -167,15 +167,6 @@ def test_wrong_usage_exits_with_two(options, capsys):
     assert "usage: attnres-convert" in capsys.readouterr().err
 
 
-def test_the_folder_can_be_named_as_in_every_tool(tmp_path, llama, capsys):
-    assert main([str(llama), "--output", str(tmp_path / "out"), "--no-check", "--quiet"]) == 0
-    assert (tmp_path / "out" / "config.json").exists()
-    for both_or_none in ([], [str(tmp_path / "a"), "--output", str(tmp_path / "b")]):
-        with pytest.raises(SystemExit, match="2"):
-            main([str(llama), *both_or_none])
-    assert [path.name for path in tmp_path.iterdir() if path.name in "ab"] == []
-
-
 def test_console_script_is_declared():
     (script,) = entry_points(group="console_scripts", name="attnres-convert")
     assert script.load() is main
