@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench backbones lint wheel clean
+.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench backbones docs lint wheel clean
 
 install: .venv/installed
 
@@ -64,6 +64,14 @@ bench: install
 # Probes every decoder of the installed Transformers; writes docs/backbones.md.
 backbones: install
 	$(BIN)/python -m modeling_attnres.conversion.backbone_table --document docs/backbones.md
+
+# The site, in build/site. A broken link, an unknown reference or a resource from another host fails the build.
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs/site -d build/site-cache . build/site
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

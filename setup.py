@@ -57,6 +57,8 @@ EXTRAS["dev"] = sorted({requirement for requirements in EXTRAS.values() for requ
 ]
 # Not in "dev": 200 MB that nothing but the kernels' own tests needs.
 EXTRAS["triton"] = ["triton>=3.5,<4; platform_system == 'Linux'"]
+# The site; its reference imports what the evaluation imports.
+EXTRAS["docs"] = [*EXTRAS["eval"], "furo>=2025.12", "myst-parser>=5.2", "sphinx>=9.0,<10", "sphinx-argparse-cli>=1.24"]
 
 setup(
     name="modeling-attnres",

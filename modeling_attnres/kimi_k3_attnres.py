@@ -423,6 +423,8 @@ class KimiK3PreTrainedModel(KimiLinearPreTrainedModel):
 
 
 class KimiK3TextModel(KimiK3PreTrainedModel, KimiLinearModel):
+    """Kimi K3's decoder as a PreNorm model: a backbone for [`AttnResModel`]."""
+
     def __init__(self, config: KimiK3TextConfig):
         super(KimiLinearModel, self).__init__(config)  # past kimi_linear's constructor, as in the layer
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -433,6 +435,8 @@ class KimiK3TextModel(KimiK3PreTrainedModel, KimiLinearModel):
 
 
 class KimiK3ForCausalLM(KimiK3PreTrainedModel, KimiLinearForCausalLM):
+    """[`KimiK3TextModel`] with its language model head, without depth attention."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: KimiK3TextConfig):

@@ -87,6 +87,8 @@ class AttnResCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
+    """What all AttnRes models share: names of weights in files, initialisation of the queries, capabilities."""
+
     config: AttnResConfig
     config_class = AttnResConfig
     base_model_prefix = "model"
@@ -416,13 +418,16 @@ def build_twin(text_config: PreTrainedConfig, with_head: bool) -> AttnResPreTrai
     return AttnResForCausalLM(config) if with_head else AttnResModel(config)
 
 
-class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel): ...
+class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel):
+    """[`AttnResModel`] with a head for one label for a sequence, read from its last token; a decoder's generic head of the library."""
 
 
-class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel): ...
+class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel):
+    """[`AttnResModel`] with a head for a label for every token; a decoder's generic head of the library."""
 
 
-class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel): ...
+class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel):
+    """[`AttnResModel`] with a head for the first and the last token of an answer; a decoder's generic head of the library."""
 
 
 # Registered here, not by the package: a checkpoint's own copy of this file has to be as complete. (The generic heads

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 from documents import broken_links, code_blocks, inline_code, shell_commands
-from tiny_backbones import tiny_backbone
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from pages import save_source
 
 from modeling_attnres import __version__
 
@@ -35,18 +33,7 @@ SOURCE, CONVERTED = "path/to/model", "my-attnres-model"  # what the pages call t
 def folder(tmp_path_factory):
     """A working directory with the source model of the pages, and its converted form."""
     folder = tmp_path_factory.mktemp("readme")
-    AutoModelForCausalLM.from_config(tiny_backbone("llama")).save_pretrained(folder / SOURCE)
-    words = ["<unk>", "<s>", "</s>", "Why", "is", "the", "sky", "blue", "?"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<unk>",
-        chat_template="{{ messages[0].content }}",
-    ).save_pretrained(folder / SOURCE)
+    save_source(folder / SOURCE)
     (command,) = [command for command in COMMANDS if command.startswith("attnres-convert")]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

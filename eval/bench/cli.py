@@ -49,7 +49,8 @@ def build_parser() -> ToolParser:
     parser.add_shared("--device", default="cpu", help="where models are timed: cpu or cuda (default: %(default)s)")
     parser.add_shared("--batch-size", former=("--batch",), default=1, help="sequences (default: %(default)s)")
     parser.add_shared("--tokens", default=512, help="prompt, sequence or KV cache length (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive_int, default=None, help=f"default by mode: {DEFAULT_ROUNDS}")
+    rounds = ", ".join(f"{mode} {count}" for mode, count in DEFAULT_ROUNDS.items())
+    parser.add_argument("--rounds", type=positive_int, default=None, help=f"default by mode: {rounds}")
     parser.add_argument("--threads", type=positive_int, default=1, help="of PyTorch (default: %(default)s)")
     parser.add_shared("--seed", default=0, help="of the weights (default: %(default)s)")
     parser.add_argument(
