@@ -90,6 +90,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             reads = depth.read_again(*again, first=2 * self.layer_idx)
         state = depth.outward(tensors)
         mixer_read, feed_forward_read = reads
+        if not torch.compiler.is_compiling():  # code compiled for one layer serves all of them
+            self._check_read(mixer_read)
 
         mixer_norm, feed_forward_norm = getattr(self, self.plan.mixer_norm), getattr(self, self.plan.feed_forward_norm)
         mixer_input, normed, mixer_found = depth.mix_and_norm(mixer_read, mixer_norm, state)
@@ -111,6 +113,19 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
                 depth.mix_weights(feed_forward_read, feed_forward_found),
             )
         return *depth.outward(state), mixer_input, *weights
+
+    def _check_read(self, read: Any):
+        """Raises `ValueError` if `read` is another layer's.
+
+        Code that calibrates or measures layer by layer (GPTQ) calls every layer with what it caught before the first.
+        """
+        sublayer = getattr(read, "sublayer", None)  # other streams are written to layer by layer, and caught by nobody
+        if sublayer is not None and sublayer != 2 * self.layer_idx:
+            raise ValueError(
+                f"Decoder layer {self.layer_idx} must be called by its model, which gives it the depth sources of its "
+                f"place; got those of layer {sublayer // 2}. Layers of depth attention cannot be run one by one, as "
+                "calibrated quantization does; quantize without calibration."
+            )
 
     def _mix_tokens(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Calls the token mixer with the arguments its own layer would give it."""
