@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.utils import logging
 
 from modeling_attnres import AttnResConfig
-from modeling_attnres.command_line import DTYPES, Result, ToolParser, run_tool, whole_number
+from modeling_attnres.command_line import DTYPES, Result, ToolParser, require, run_tool, whole_number
 
 from .depth_weights import mean_depth_weights, save_depth_heatmap
 from .dynamics import LayerDynamics, measure_dynamics, save_dynamics
@@ -153,6 +153,7 @@ def measure(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, Layer
 def run(args: argparse.Namespace) -> Result:
     """Inspects every model, writes pictures and tables, and gives the numbers that sum them up, by model."""
     logging.set_verbosity_error()
+    require("eval", "matplotlib")
     names = args.names or [Path(model).resolve().name for model in args.models]
     check_names(names, args.models)
     with outputs() as making:

@@ -182,24 +182,38 @@ def test_compressed_tensors_are_read(tmp_path):
 @pytest.mark.parametrize("depth_weights", ["mean", "sum"])
 def test_calibration_layer_by_layer_is_refused(depth_weights):
     """As GPTQ by Optimum goes: it catches the first layer's input, and runs one layer after the other from there."""
-    model = tiny_model("llama", 4, depth_weights)
+    layers, kwargs, state = *catch_call(tiny_model("llama", 4, depth_weights), 0), ()
+    if depth_weights == "sum":
+        state = (torch.randn(2, 12, 32),)
+    output = layers[0](*state, **kwargs)
+    with pytest.raises(
+        ValueError, match=r"layer 1 must be called by its model, .* those of layer 0 found\. .* one by one"
+    ):
+        layers[1](output[0], **kwargs)
+
+
+def test_a_layer_with_a_part_of_its_state_is_refused():
+    """As GPTQ by Optimum goes without `cache_block_outputs`: it catches the first tensor of every layer's call."""
+    layers, kwargs = catch_call(tiny_model("llama", 4, "sum"), 1)
+    with pytest.raises(
+        ValueError, match=r"layer 1 must .* the 2 tensors of the depth state .*; got 1, .* layer 1 found"
+    ):
+        layers[1](torch.randn(2, 12, 32), **kwargs)
+
+
+def catch_call(model, index: int):
+    """The decoder layers, and the keyword arguments that the model calls layer `index` with."""
     caught = []
 
     def catch(module, args, kwargs):
-        caught.append((args[0] if args else None, kwargs))
+        caught.append(kwargs)
         raise ValueError("caught")
 
-    handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    handle = model.model.layers[index].register_forward_pre_hook(catch, with_kwargs=True)
     with pytest.raises(ValueError, match="caught"):
         model(tiny_inputs())
     handle.remove()
-    ((stream, kwargs),) = caught
-    state = () if stream is None else (stream,)
-    output = model.model.layers[0](*state, **kwargs)
-    with pytest.raises(
-        ValueError, match=r"layer 1 must be called by its model, .* got those of layer 0\. .* one by one"
-    ):
-        model.model.layers[1](output[0], **kwargs)
+    return model.model.layers, *caught
 
 
 def test_a_checkpoint_in_fp8_is_read(tmp_path):
