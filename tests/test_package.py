@@ -42,6 +42,22 @@ found = [name for name in sys.argv[1:] if importlib.util.find_spec(name)]
 print(json.dumps([report.max_logit_difference, tokens.shape, found, modeling_attnres.__file__]))
 """
 
+# What a user writes, and what a type checker must make of it: the line that it complains of is wrong on purpose.
+PROGRAM = """
+import torch
+from modeling_attnres import AttnResConfig, AttnResForCausalLM, naive_depth_attention, supported_backbones
+from modeling_attnres.conversion import convert
+from modeling_attnres.training import attnres_parameter_groups, read_metrics
+
+report = convert("prenorm", "attnres", num_blocks=2)
+reveal_type(report.max_logit_difference)  # float | None
+reveal_type(report.num_blocks)  # int
+model = AttnResForCausalLM(AttnResConfig())
+reveal_type(model.config.num_blocks)  # int
+reveal_type(model.model.depth_attention.query)  # torch.nn.parameter.Parameter
+convert("prenorm", "attnres", num_blocks="two")  # error: incompatible type "str"; expected "int | None"
+"""
+
 
 def run(*command: str | Path, **settings) -> subprocess.CompletedProcess:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **settings)
@@ -132,6 +148,18 @@ def test_the_core_imports_converts_and_generates(bare, models):
     difference, shape, found, file = json.loads(process.splitlines()[-1])
     assert (difference, shape, found) == (0.0, [1, 7], [])
     assert Path(file).is_relative_to(bare.parent)
+
+
+def test_a_type_checker_knows_the_installed_package(bare, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    options = ("--config-file=", "--follow-imports=silent", "--python-executable", bare / "python", "program.py")
+    printed = run(sys.executable, "-m", "mypy", *options, cwd=tmp_path).stdout
+    for number, line in enumerate(PROGRAM.splitlines(), 1):
+        said = [text for text in printed.splitlines() if text.startswith(f"program.py:{number}: ")]
+        expected = line.partition("  # ")[2]
+        assert len(said) == bool(expected), said
+        for part in expected.split("; ") if expected else ():
+            assert part.removeprefix("error: ") in said[0].replace("builtins.", ""), said
 
 
 # script -> what it is asked to do, and the extra that this needs; nothing where it does without.
