@@ -5,8 +5,8 @@
     attnres-convert path/to/model my-attnres-model --num-blocks 8
     python examples/quantise.py --pair converted path/to/model my-attnres-model --text path/to/texts --output build/quantised
 
-Both models are quantised by torchao while Transformers loads them, and read the same held-out blocks (those of
-finetune.py: the end of every text). Writes `quantised.csv` to the output folder and prints it as a table:
+Both models are quantised by torchao while Transformers loads them, and read the same blocks out of the end of every text,
+which finetune.py does not train on. Writes `quantised.csv` to the output folder and prints it as a table:
 
     cost   mean loss of the quantised model minus that of the model in full precision, in nats per predicted token
     extra  the AttnRes model's cost minus the PreNorm model's, with the 95 % interval of a paired t-test over blocks
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from finetune import load_blocks
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
@@ -33,6 +32,8 @@ from modeling_attnres.command_line import DTYPES, dtype_name, whole_number
 from modeling_attnres.eval.outputs import outputs
 from modeling_attnres.eval.paired import compare
 
+
+HELD_OUT = 0.05  # the share at the end of every text's tokens, which finetune.py does not train on
 
 # Weights alone in 8 bits by output channel; these and activations by token; weights alone in 4 bits by group. torchao's
 # `Int4WeightOnlyConfig` has no kernel for a CPU, `IntxWeightOnlyConfig` runs anywhere.
@@ -58,6 +59,25 @@ class Row:
     high: float
     blocks: int
     tokens: int
+
+
+def held_out_blocks(tokenizer, path: Path, tokens: int, count: int) -> torch.Tensor:
+    """Token ids `[count, tokens]`, spread evenly over the ends of a text file, or of every `*.txt` below a folder.
+
+    Raises:
+        ValueError: if the ends are shorter.
+    """
+    texts = [file.read_text("utf-8", errors="replace") for file in (sorted(path.rglob("*.txt")) or [path])]
+    ends = []
+    for ids in tokenizer(texts).input_ids:
+        ids = [*ids, tokenizer.eos_token_id]
+        ends += ids[len(ids) - round(HELD_OUT * len(ids)) :]
+    blocks = torch.tensor(ends[: len(ends) // tokens * tokens], dtype=torch.long).view(-1, tokens)
+    if len(blocks) < count:
+        raise ValueError(
+            f"`--text` must hold {count} blocks of {tokens} tokens in the last {HELD_OUT:.0%} of its texts, got {len(blocks)}."
+        )
+    return blocks[torch.arange(count) * len(blocks) // count]
 
 
 def check_pairs(pairs: list[list[str]]):
@@ -139,8 +159,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, required=True, help="a text file, or a folder of *.txt files")
     parser.add_argument("--output", type=Path, required=True, help="folder for quantised.csv")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    parser.add_argument("--block-size", type=whole_number(2), default=256, help="tokens per block (default: 256)")
-    parser.add_argument("--eval-blocks", type=whole_number(2), default=32, help="held-out blocks (default: 32)")
+    parser.add_argument("--tokens", type=whole_number(2), default=256, help="of each block (default: %(default)s)")
+    parser.add_argument("--blocks", type=whole_number(2), default=32, help="to measure on (default: %(default)s)")
     parser.add_argument("--dtype", type=dtype_name, default="float32", help="of what is not quantised")
     return parser
 
@@ -149,10 +169,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     arguments = build_parser().parse_args(argv)
     check_pairs(arguments.pair)
     tokenizer = AutoTokenizer.from_pretrained(arguments.pair[0][1])
-    held_out = load_blocks(tokenizer, arguments)["held_out"]
-    if len(held_out) < arguments.eval_blocks:
-        raise ValueError(f"`--text` must hold out {arguments.eval_blocks} blocks, got {len(held_out)}.")
-    blocks = torch.tensor(held_out["input_ids"])
+    blocks = held_out_blocks(tokenizer, arguments.text, arguments.tokens, arguments.blocks)
     print(HEADER)
     with outputs() as making:
         folder = making.folder(arguments.output, "--output")
