@@ -60,7 +60,7 @@ convert("prenorm", "attnres", num_blocks="two")  # error: incompatible type "str
 
 
 def run(*command: str | Path, **settings) -> subprocess.CompletedProcess:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **settings)
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1800, **settings)
 
 
 def checked(*command: str | Path, **settings) -> str:
