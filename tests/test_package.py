@@ -44,17 +44,13 @@ print(json.dumps([report.max_logit_difference, tokens.shape, found, modeling_att
 
 # What a user writes, and what a type checker must make of it: the line that it complains of is wrong on purpose.
 PROGRAM = """
-import torch
-from modeling_attnres import AttnResConfig, AttnResForCausalLM, naive_depth_attention, supported_backbones
+from modeling_attnres import AttnResForCausalLM, supported_backbones
 from modeling_attnres.conversion import convert
 from modeling_attnres.training import attnres_parameter_groups, read_metrics
 
 report = convert("prenorm", "attnres", num_blocks=2)
 reveal_type(report.max_logit_difference)  # float | None
 reveal_type(report.num_blocks)  # int
-model = AttnResForCausalLM(AttnResConfig())
-reveal_type(model.config.num_blocks)  # int
-reveal_type(model.model.depth_attention.query)  # torch.nn.parameter.Parameter
 convert("prenorm", "attnres", num_blocks="two")  # error: incompatible type "str"; expected "int | None"
 """
 
