@@ -163,8 +163,9 @@ def test_options_of_all_tools_stand_before_or_after_a_command():
     assert not hasattr(parser.parse_args(["go"]), "quiet")
 
 
-def test_there_are_five_tools():
-    assert sorted(TOOLS) == ["attnres-bench", "attnres-convert", "attnres-eval", "attnres-inspect", "attnres-plan"]
+def test_there_are_six_tools():
+    names = ("bench", "convert", "eval", "explore", "inspect", "plan")
+    assert sorted(TOOLS) == [f"attnres-{name}" for name in names]
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -193,6 +194,7 @@ def test_an_interruption_of_any_tool_is_one_line(name, capsys, monkeypatch):
         "attnres-bench": ["--preset", "tiny"],
         "attnres-convert": ["a", "b"],
         "attnres-eval": ["compare", "a", "b"],
+        "attnres-explore": ["a"],
         "attnres-inspect": ["a", "--text", "b", "--output", "c"],
         "attnres-plan": ["--preset", "tiny-block"],
     }[name]
