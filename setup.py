@@ -86,6 +86,7 @@ setup(
             "attnres-explore=modeling_attnres.eval.explore.cli:main",
             "attnres-inspect=modeling_attnres.eval.inspect_model:main",
             "attnres-eval=modeling_attnres.eval.cli:main",
+            "attnres-prune=modeling_attnres.eval.prune:main",
             "attnres-plan=modeling_attnres.parallel.cli:main",
         ],
     },

@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from tiny_backbones import BACKBONES, NUM_SUBLAYERS, tiny_inputs, tiny_model
+from tiny_backbones import BACKBONES, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
 from modeling_attnres import naive_depth_attention
@@ -54,7 +54,7 @@ def naive_logits(model, plain, input_ids, attention_mask, mix=naive_mix):
     calls = recorded_calls(plain, input_ids=input_ids, attention_mask=attention_mask)
     sources = [plain.model.embed_tokens(input_ids)]
     hidden_states = sources[0]
-    for sublayer in range(NUM_SUBLAYERS):
+    for sublayer in range(config.num_sublayers):
         parts = calls[sublayer // 2]
         (norm, *_), (part, args, kwargs) = parts[2 * (sublayer % 2)], parts[2 * (sublayer % 2) + 1]
         output = part(norm(hidden_states), *args, **kwargs)

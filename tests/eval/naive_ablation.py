@@ -25,13 +25,14 @@ def naive_gated_mix(reader, sources, query, key_norm, eps, depth_weights, *, gat
     return (weights.movedim(-1, 0).unsqueeze(-1) * sources).sum(0)
 
 
-def naive_gated_logits(model, gates, ids, attention_mask=None, ablate="remove"):
-    """Logits `[B, T, V]`, one full forward."""
+def naive_gated_logits(model, gates, ids, attention_mask=None, ablate="remove", plain=None):
+    """Logits `[B, T, V]`, one full forward; `plain` is the library's model with the same weights."""
+    plain = plain_model(model).to(model.dtype) if plain is None else plain
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     mix = functools.partial(naive_gated_mix, gates=gates, ablate=ablate)
-    return naive_logits(model, plain_model(model).to(model.dtype), ids, mask, mix)
+    return naive_logits(model, plain, ids, mask, mix)
 
 
 def next_token_loss(logits, ids):
-    """Mean nats per predicted token."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    """Mean nats per predicted token; in fp64, for differences of it are compared."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
