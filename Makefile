@@ -2,8 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench backbones docs lint types wheel
-.PHONY: package clean
+.PHONY: install demo test test-slow test-kernels test-page test-vllm test-matrix test-oldest bench backbones docs
+.PHONY: lint types wheel package clean
 
 install: .venv/installed
 
@@ -33,6 +33,13 @@ test-slow: install
 test-kernels: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[triton]"
 	$(BIN)/python -m pytest tests/test_depth_kernels_attnres.py tests/test_depth_streams_attnres.py
+
+# The page of attnres-explore in Debian's Chromium: Playwright downloads no browser of its own here.
+test-page: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[explore]" playwright
+	@command -v chromium >/dev/null || if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; \
+		else echo "make test-page needs Chromium: apt-get install chromium" >&2; exit 1; fi
+	$(BIN)/python -m pytest -m page tests/eval/explore
 
 # vLLM in an environment of its own (3.4 GB, some minutes), with this package beside it. What vLLM asks for of
 # torchvision, torchaudio and torchcodec is built for CUDA, and does not import where there is none.

@@ -60,6 +60,8 @@ EXTRAS["dev"] = sorted({requirement for requirements in EXTRAS.values() for requ
     "twine>=7",
     "types-PyYAML>=6",
 ]
+# Not in "dev": only the page's own tests, which drive a browser, need it.
+EXTRAS["explore"] = ["gradio>=6.31,<7"]
 # Not in "dev": 200 MB that nothing but the kernels' own tests needs.
 EXTRAS["triton"] = ["triton>=3.5,<4; platform_system == 'Linux'"]
 # The site; its reference imports what the evaluation imports.
@@ -75,7 +77,7 @@ setup(
     python_requires=">=3.11",
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
-    package_data={"": ["*.json", "*.jsonl", "*.yaml", "*_yaml", "*.md", "*.txt", "py.typed"]},
+    package_data={"": ["*.json", "*.jsonl", "*.yaml", "*_yaml", "*.md", "*.txt", "*.css", "*.js", "py.typed"]},
     install_requires=[
         # The lower ends were run together: docs/versions.md says what works with them.
         "torch>=2.9,<3",
@@ -91,6 +93,7 @@ setup(
         "console_scripts": [
             "attnres-convert=modeling_attnres.conversion.cli:main",
             "attnres-bench=modeling_attnres.eval.bench.cli:main",
+            "attnres-explore=modeling_attnres.eval.explore.cli:main",
             "attnres-inspect=modeling_attnres.eval.inspect_model:main",
             "attnres-eval=modeling_attnres.eval.cli:main",
             "attnres-prune=modeling_attnres.eval.prune:main",

@@ -216,6 +216,39 @@ def run_layers(
 # --- A forward -------------------------------------------------------------------------------------------------------
 
 
+def decode_gated(
+    decoder: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    gates: Mapping[Connection, float],
+    ablate: str = "remove",
+    stream: type[GatedStream] = GatedStream,
+    **inputs,
+) -> tuple[torch.Tensor, GatedStream]:
+    """A forward with gates up to the head.
+
+    Args:
+        decoder: an [`AttnResModel`].
+        inputs_embeds: `[B, T, D]`.
+        stream: the class of stream.
+        inputs: `attention_mask`, `position_ids`, as for the model.
+
+    The other arguments are those of [`forward_gated`].
+
+    Returns:
+        what the head reads `[B, T, D]`, and the stream that has run.
+    """
+    embedding = decoder.depth_input(inputs_embeds)
+    by_sublayer: dict[int, torch.Tensor] = {}
+    for (sublayer, source), gate in gates.items():
+        if sublayer not in by_sublayer:
+            shape = (num_sources(decoder.config, sublayer), 1, 1)
+            by_sublayer[sublayer] = embedding.new_ones(shape, dtype=accumulation_dtype(embedding.dtype))
+        by_sublayer[sublayer][source] = gate
+    depth = open_gated_stream(decoder, embedding, by_sublayer, ablate, stream=stream)
+    state = run_layers(decoder, depth, depth.start(embedding), embedding, **inputs)
+    return decoder.norm(depth.mix_output(state)[0]), depth
+
+
 def forward_gated(
     model: PreTrainedModel,
     gates: Mapping[Connection, float],
@@ -248,16 +281,9 @@ def forward_gated(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given, got both or none.")
     decoder = model.get_decoder()
-    embedding = decoder.depth_input(decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
-    by_sublayer: dict[int, torch.Tensor] = {}
-    for (sublayer, source), gate in gates.items():
-        if sublayer not in by_sublayer:
-            shape = (num_sources(model.config, sublayer), 1, 1)
-            by_sublayer[sublayer] = embedding.new_ones(shape, dtype=accumulation_dtype(embedding.dtype))
-        by_sublayer[sublayer][source] = gate
-    depth = open_gated_stream(decoder, embedding, by_sublayer, ablate)
-    state = run_layers(decoder, depth, depth.start(embedding), embedding, **inputs)
-    return model.get_output_embeddings()(decoder.norm(depth.mix_output(state)[0]))
+    embedding = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    hidden, _ = decode_gated(decoder, embedding, gates, ablate, **inputs)
+    return model.get_output_embeddings()(hidden)
 
 
 def forward_without(

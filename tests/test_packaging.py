@@ -94,7 +94,7 @@ def test_the_metadata_says_what_to_install(metadata):
     assert (fields["License-Expression"] or fields["License"], fields["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     required = [line for line in fields.get_all("Requires-Dist") if "extra ==" not in line]
     assert {"torch", "transformers", "safetensors"} <= {re.match(r"[\w-]+", line).group() for line in required}
-    assert set(fields.get_all("Provides-Extra")) >= {"dev", "eval", "gguf", "train", "triton"}
+    assert set(fields.get_all("Provides-Extra")) >= {"dev", "eval", "explore", "gguf", "train", "triton"}
     dev = [line for line in fields.get_all("Requires-Dist") if 'extra == "dev"' in line]
     assert dev
     assert not any(line.startswith("triton") for line in dev)
