@@ -240,7 +240,7 @@ def save(found: Measured, folder: Path) -> dict[str, dict]:
 def run(args: argparse.Namespace) -> Result:
     """Inspects every model, writes pictures and tables, and gives the numbers that sum them up, by model."""
     logging.set_verbosity_error()
-    require("eval", "matplotlib")
+    require("eval", "matplotlib", *(["scipy"] if args.causal or args.estimate else []))
     names = args.names or [Path(model).resolve().name for model in args.models]
     check_names(names, args.models)
     with outputs() as making:

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from modeling_attnres.command_line import DTYPES, Result, ToolParser, positive_int, run_tool, whole_number
+from modeling_attnres.command_line import DTYPES, Result, ToolParser, positive_int, require, run_tool, whole_number
+from modeling_attnres.text_files import load_text
 
 from ..conversion.companions import copy_companions, write_json
 from ..conversion.writer import check_output, put_in_place, workspace
-from .inspect_model import load_tokenizer, read_sequences, read_text
+from .inspect_model import load_tokenizer, read_sequences
 from .model_argument import ModelError, check_model, check_weights
 from .pruned_checkpoint import PruningError, check_written, pruned_model
 from .pruning import UNITS, advantage, check_unit, loss_table, measure_cut, unit_effects, units
@@ -41,7 +42,7 @@ def build_parser() -> ToolParser:
         help="'sublayer': set its weights to zero, which saves no memory; 'layer' and 'block': take decoder layers out "
         "(default: %(default)s)",
     )
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="plain text, UTF-8")
+    parser.add_shared("--text", required=True, help="plain text, UTF-8")
     parser.add_argument(
         "--sequences", type=whole_number(1), default=4, help="that units are ranked on (default: %(default)s)"
     )
@@ -51,7 +52,7 @@ def build_parser() -> ToolParser:
         default=8,
         help="sequences after these, for the table (default: %(default)s)",
     )
-    parser.add_argument("--tokens", type=whole_number(2), default=128, help="of each sequence (default: %(default)s)")
+    parser.add_shared("--tokens", type=whole_number(2), default=128, help="of each sequence (default: %(default)s)")
     parser.add_argument(
         "--table", type=positive_int, nargs="+", default=[], metavar="K", help="further numbers of units for the table"
     )
@@ -70,7 +71,7 @@ def build_parser() -> ToolParser:
 
 def check(args: argparse.Namespace) -> tuple[PreTrainedConfig, torch.Tensor, torch.Tensor]:
     """Everything that can be known before work: the config, the ids to rank units on, and the held-out ones."""
-    read_text(args.text)
+    load_text(args.text)
     if not Path(args.model).is_dir():
         raise ModelError(f"MODEL must be a checkpoint folder, got {args.model!r}.")
     config = check_model(args.model, "MODEL", args.trust_remote_code)
@@ -94,6 +95,7 @@ def load(args: argparse.Namespace, folder: str | Path) -> PreTrainedModel:
 
 def run(args: argparse.Namespace) -> Result:
     """Ranks, measures, writes, and compares what was written with what was measured."""
+    require("eval", "matplotlib", "scipy")
     logging.set_verbosity_error()
     config, ranked, held_out = check(args)
     ranked, held_out = ranked.to(args.device), held_out.to(args.device)

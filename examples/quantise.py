@@ -14,6 +14,7 @@ which finetune.py does not train on. Writes `quantised.csv` to the output folder
 
 import argparse
 import csv
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from torchao.quantization import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from modeling_attnres import AttnResConfig
-from modeling_attnres.command_line import DTYPES, dtype_name, whole_number
+from modeling_attnres.command_line import DTYPES, Result, ToolParser, run_tool, whole_number
 from modeling_attnres.eval.outputs import outputs
 from modeling_attnres.eval.paired import compare
+from modeling_attnres.text_files import load_texts
 
 
 HELD_OUT = 0.05  # the share at the end of every text's tokens, which finetune.py does not train on
@@ -67,7 +69,7 @@ def held_out_blocks(tokenizer, path: Path, tokens: int, count: int) -> torch.Ten
     Raises:
         ValueError: if the ends are shorter.
     """
-    texts = [file.read_text("utf-8", errors="replace") for file in (sorted(path.rglob("*.txt")) or [path])]
+    texts = load_texts(path)
     ends = []
     for ids in tokenizer(texts).input_ids:
         ids = [*ids, tokenizer.eos_token_id]
@@ -146,8 +148,8 @@ def describe(row: Row) -> str:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> ToolParser:
+    parser = ToolParser(prog="quantise.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pair",
         nargs=3,
@@ -156,17 +158,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("NAME", "PRENORM", "ATTNRES"),
         help="folders of a PreNorm model and of the AttnRes model that stands beside it (repeatable)",
     )
-    parser.add_argument("--text", type=Path, required=True, help="a text file, or a folder of *.txt files")
-    parser.add_argument("--output", type=Path, required=True, help="folder for quantised.csv")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    parser.add_argument("--tokens", type=whole_number(2), default=256, help="of each block (default: %(default)s)")
+    parser.add_shared("--text", required=True, help="a text file, or a folder of *.txt files")
+    parser.add_shared("--output", required=True, help="folder for quantised.csv")
+    parser.add_argument(
+        "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="of quantising (default: all)"
+    )
+    parser.add_shared("--tokens", type=whole_number(2), default=256, help="of each block (default: %(default)s)")
     parser.add_argument("--blocks", type=whole_number(2), default=32, help="to measure on (default: %(default)s)")
-    parser.add_argument("--dtype", type=dtype_name, default="float32", help="of what is not quantised")
+    parser.add_shared("--dtype", default="float32", help="of what is not quantised (default: %(default)s)")
+    parser.add_shared("--json", help="print the rows of quantised.csv as JSON, and nothing else")
     return parser
 
 
-def main(argv: list[str] | None = None) -> list[Row]:
-    arguments = build_parser().parse_args(argv)
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Measures all pairs and writes their table."""
     check_pairs(arguments.pair)
     tokenizer = AutoTokenizer.from_pretrained(arguments.pair[0][1])
     blocks = held_out_blocks(tokenizer, arguments.text, arguments.tokens, arguments.blocks)
@@ -182,5 +187,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
     return rows
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see [`modeling_attnres.command_line`]."""
+    parser = build_parser()
+    work = lambda arguments: Result("", [asdict(row) for row in run(arguments)])  # noqa: E731
+    return run_tool(parser.prog, work, parser.parse_args(argv), interrupted="interrupted; nothing was written.")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

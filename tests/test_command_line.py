@@ -225,6 +225,7 @@ MODULES = ("conversion.backbone_table", "parallel.count_bytes")  # run by `pytho
 
 # Where a tool gives an option another form: `compare` can write the figures to a file, and a loss needs two tokens.
 OTHER_FORMS = {("attnres-eval compare", "--json"), ("attnres-inspect", "--tokens")}
+OTHER_FORMS |= {("attnres-prune", "--tokens"), ("quantise.py", "--tokens")}
 
 
 def programs() -> list[str]:

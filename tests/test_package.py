@@ -164,8 +164,10 @@ SCRIPTS = {
     "attnres-convert": ("model.gguf out", "gguf"),
     "attnres-eval": ("run prenorm --output results --tasks attnres_offline", "eval"),
     "attnres-eval compare": ("compare results results --names a b", "eval"),
+    "attnres-explore": ("prenorm", "explore"),
     "attnres-inspect": ("prenorm --text text.txt --output figures", "eval"),
     "attnres-plan": ("--preset kimi-linear-48b-a3b-block", None),
+    "attnres-prune": ("prenorm figures --drop 1 --text text.txt", "eval"),
 }
 
 

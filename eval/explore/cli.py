@@ -3,7 +3,6 @@
 """`attnres-explore`: a local page where a model's depth attention is looked at, and weakened, by hand."""
 
 import argparse
-import importlib.util
 import ipaddress
 import math
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from modeling_attnres.command_line import DTYPES, Result, ToolParser, run_tool, whole_number
+from modeling_attnres.command_line import DTYPES, Result, ToolParser, require, run_tool, whole_number
 
 from ..ablation import check_ablation
 from ..inspect_model import load_tokenizer
@@ -98,8 +97,7 @@ def load_explorer(args: argparse.Namespace) -> Explorer:
 
 def run(args: argparse.Namespace) -> Result:
     """Serves the page until it is interrupted."""
-    if importlib.util.find_spec("gradio") is None:
-        raise ImportError("The page needs Gradio: pip install 'modeling-attnres[explore]'.")
+    require("explore", "gradio")
     check_port(args.host, args.port)
     logging.set_verbosity_error()
     explorer = load_explorer(args)

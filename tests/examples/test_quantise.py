@@ -49,9 +49,8 @@ def folder(tmp_path_factory):
 def run(folder, output, *pairs: tuple[str, str, str], arguments: str = "") -> list[quantise.Row]:
     named = [f"--pair {name} {folder / prenorm} {folder / attnres}" for name, prenorm, attnres in pairs]
     blocks = "--tokens 16 --blocks 4"
-    return quantise.main(
-        f"{' '.join(named)} --text {folder / 'text.txt'} --output {output} {blocks} {arguments}".split()
-    )
+    command = f"{' '.join(named)} --text {folder / 'text.txt'} --output {output} {blocks} {arguments}"
+    return quantise.run(quantise.build_parser().parse_args(command.split()))
 
 
 def test_costs_of_both_models_stand_side_by_side(folder, tmp_path, capsys):
