@@ -5,6 +5,7 @@
 Letters: B batch, T tokens, D hidden size, S sublayers per block, n sources of a mix.
 """
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,13 +122,15 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         """
         if not isinstance(read, DepthRead):  # of a stream that keeps its state to itself
             return
-        num_tensors = depth.form.anchored + (not self.mixer_starts_block)
-        if read.sublayer != 2 * self.layer_idx or len(state) != num_tensors:
+        first = 2 * self.layer_idx
+        num_recents = 1 + math.ceil(first / depth.sublayers_per_block) - len(read.scores)
+        # Where sublayers file their outputs, the bank has all recent sources.
+        is_whole = depth.plan.files_outputs or len(state) == depth.form.anchored + num_recents
+        if read.sublayer != first or not is_whole:
             raise ValueError(
-                f"Decoder layer {self.layer_idx} must be called by its model, which hands it the {num_tensors} tensors of "
-                f"the depth state and what its own queries found; got {len(state)}, and what those of layer "
-                f"{read.sublayer // 2} found. Layers of depth attention cannot be run one by one, as calibrated quantization "
-                "does; quantize without calibration."
+                f"Decoder layer {self.layer_idx} must be called by its model, which hands it the whole depth state and what "
+                f"its own queries found; got {len(state)} tensors, and what those of layer {read.sublayer // 2} found. Layers "
+                "of depth attention cannot be run one by one, as calibrated quantization does; quantize without calibration."
             )
 
     def _mix_tokens(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
