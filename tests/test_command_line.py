@@ -163,8 +163,8 @@ def test_options_of_all_tools_stand_before_or_after_a_command():
     assert not hasattr(parser.parse_args(["go"]), "quiet")
 
 
-def test_there_are_six_tools():
-    names = ("bench", "convert", "eval", "explore", "inspect", "plan")
+def test_there_are_seven_tools():
+    names = ("bench", "convert", "eval", "explore", "inspect", "plan", "prune")
     assert sorted(TOOLS) == [f"attnres-{name}" for name in names]
 
 
@@ -197,6 +197,7 @@ def test_an_interruption_of_any_tool_is_one_line(name, capsys, monkeypatch):
         "attnres-explore": ["a"],
         "attnres-inspect": ["a", "--text", "b", "--output", "c"],
         "attnres-plan": ["--preset", "tiny-block"],
+        "attnres-prune": ["a", "b", "--drop", "1", "--text", "c"],
     }[name]
     module = main.__globals__
 
