@@ -124,12 +124,13 @@ def draw_map(found: CausalMap, title: str, path: Path):
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
+    verb = "removal" if found.ablate == "remove" else "a weight of 1"
     panels = [(f"{title}: mean weight", found.weights, Normalize(0, _largest([found.weights])))]
     worth = [values for values in (found.effects, found.estimates) if values is not None]
-    for name, values in (("effect", found.effects), ("estimate", found.estimates)):
+    for name, values in (("effect", found.effects), ("estimated effect", found.estimates)):
         if values is not None:
-            verb = "removed" if found.ablate == "remove" else "set back to weight 1"
-            panels.append((f"{title}: {name} on the loss, nats, when {verb}", values, _logarithmic(_largest(worth))))
+            text = f"{title}: {name} of {verb} on the loss, nats per token (dots: the loss falls)"
+            panels.append((text, values, _logarithmic(_largest(worth))))
     figure = Figure(figsize=(8, 2.6 * len(panels) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)[:, 0]

@@ -13,6 +13,7 @@ A *unit* is what is dropped or kept as a whole:
 The effect of a unit is the loss without it minus the loss with it. Every forward here runs the model's own parts.
 """
 
+import math
 import random
 import time
 from collections.abc import Collection, Sequence
@@ -193,12 +194,19 @@ class Advantage:
 
 
 def choices(effects: Sequence[float], drop: int, draws: int, seed: int) -> list[tuple[str, int, tuple[int, ...]]]:
-    """What to drop: the units of least effect, `draws` random choices, and the last ones; each with its draw."""
+    """What to drop: the units of least effect, different random choices, and the last units; each with its draw.
+
+    There are `draws` random choices, or as many as there are.
+    """
     count = len(effects)
     least = sorted(range(count), key=lambda number: effects[number])[:drop]
-    generator = random.Random(f"{seed} {drop}")
-    drawn = [("random", draw, tuple(sorted(generator.sample(range(count), drop)))) for draw in range(draws)]
-    return [("least effect", 0, tuple(sorted(least))), *drawn, ("last", 0, tuple(range(count - drop, count)))]
+    generator, drawn = random.Random(f"{seed} {drop}"), []
+    while len(drawn) < min(draws, math.comb(count, drop)):
+        choice = tuple(sorted(generator.sample(range(count), drop)))
+        if choice not in drawn:
+            drawn.append(choice)
+    of_draws = [("random", draw, choice) for draw, choice in enumerate(drawn)]
+    return [("least effect", 0, tuple(sorted(least))), *of_draws, ("last", 0, tuple(range(count - drop, count)))]
 
 
 def measure_cut(

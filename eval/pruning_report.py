@@ -69,30 +69,36 @@ def write_rows(table: Sequence[Cut], path: Path):
 
 
 def draw_table(table: Sequence[Cut], label: str, path: Path):
-    """Draws the loss over the number of units dropped, every random draw as a mark and their mean as a line."""
+    """Draws what dropping units adds to the loss, every random draw as a mark and their mean as a line."""
     # Without pyplot: no display, and the user's backend stays as it is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.axhline(table[0].loss, color="black", linewidth=1, label="nothing dropped")
-    for choice in CHOICES:
-        style, cuts = STYLES[choice], [cut for cut in table if cut.choice == choice]
-        drops = sorted({len(cut.dropped) for cut in cuts})
-        means = [_mean(cut.loss for cut in cuts if len(cut.dropped) == drop) for drop in drops]
-        label_of = "random, mean of draws" if choice == "random" else choice
-        axis.plot(drops, means, label=label_of, **style)
-        if choice == "random":
-            places = [len(cut.dropped) for cut in cuts]
-            axis.scatter(
-                places, [cut.loss for cut in cuts], marker="s", s=14, facecolors="none", edgecolors="tab:orange"
-            )
-    axis.set_xticks(sorted({len(cut.dropped) for cut in table[1:]}))
-    axis.set(xlabel=label, ylabel="held-out loss, nats per token")
+    # Choices differ by orders of magnitude, and a choice may cost nothing or less.
+    axis.set_yscale("symlog", linthresh=0.1, subs=(2, 5))
+    added = {
+        choice: [(len(cut.dropped), cut.loss - table[0].loss) for cut in table if cut.choice == choice]
+        for choice in CHOICES
+    }
+    for choice, points in added.items():
+        drops = sorted({drop for drop, _ in points})
+        means = [_mean(value for of, value in points if of == drop) for drop in drops]
+        axis.plot(drops, means, label="random, mean of draws" if choice == "random" else choice, **STYLES[choice])
+    axis.scatter(*zip(*added["random"]), marker="s", s=14, facecolors="none", edgecolors=STYLES["random"]["color"])
+    axis.axhline(0, color="black", linewidth=1)
+    values = [value for points in added.values() for _, value in points]
+    axis.set_ylim(min(1.3 * min(values), -0.02), max(1.5 * max(values), 0.1))
+    plain = FuncFormatter(lambda value, _: f"{value:.8f}".rstrip("0").rstrip("."))
+    axis.yaxis.set_major_formatter(plain)
+    axis.yaxis.set_minor_formatter(plain)
+    axis.set_xticks(drops)
+    axis.set(xlabel=label, ylabel="added to the held-out loss, nats per token")
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 1.1), ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
 
 

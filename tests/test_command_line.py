@@ -163,9 +163,16 @@ def test_options_of_all_tools_stand_before_or_after_a_command():
     assert not hasattr(parser.parse_args(["go"]), "quiet")
 
 
-def test_there_are_seven_tools():
-    names = ("bench", "convert", "eval", "explore", "inspect", "plan", "prune")
-    assert sorted(TOOLS) == [f"attnres-{name}" for name in names]
+def test_the_tools_that_there_are():
+    assert sorted(TOOLS) == [
+        "attnres-bench",
+        "attnres-convert",
+        "attnres-eval",
+        "attnres-explore",
+        "attnres-inspect",
+        "attnres-plan",
+        "attnres-prune",
+    ]
 
 
 @pytest.mark.parametrize("name", TOOLS)
