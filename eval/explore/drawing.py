@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from urllib.parse import quote
 
+import torch
+
 from .explorer import Connection, Explorer, NextToken, Run, Text
 
 
@@ -17,12 +19,14 @@ from .explorer import Connection, Explorer, NextToken, Run, Text
 COLOURS = ((255, 255, 229), (173, 221, 142), (44, 127, 184), (8, 29, 88))
 EMPTY_SOURCE = "#e4e4e7"
 
-# How the heatmap is coloured: by a label, what the legend's ends and middle stand for.
+# How the heatmap is coloured.
 SHARE, TIMES_PLAIN = "share of the weight", "times an equal share"
-SCALES = {SHARE: ("0 %", "25 %", "100 %"), TIMES_PLAIN: ("1/4", "1", "4")}
+SCALES = (SHARE, TIMES_PLAIN)
+# Where the second scale may end: queries that were trained for a few steps differ by a few percent.
+SPREADS = (1.05, 1.1, 1.2, 1.5, 2, 4, 8)
 
 LEFT, TOP, ROW, LEGEND = 118, 40, 14, 44  # of the picture, in pixels
-WIDEST, NARROWEST, CELLS = 34, 12, 250
+WIDEST, NARROWEST, CELLS = 34, 12, 216
 
 
 def colour(position: float) -> str:
@@ -32,11 +36,23 @@ def colour(position: float) -> str:
     return "#" + "".join(f"{round(start + part * (end - start)):02x}" for start, end in zip(low, high))
 
 
-def position_on(scale: str, share: float, times: float) -> float:
-    """Where a weight lies on one of `SCALES`, from 0 to 1."""
+def spread_of(times: torch.Tensor) -> float:
+    """The least of `SPREADS` that all of these weights `[L + 1, N + 1]`, relative to an equal share, are within."""
+    weights = times[times > 0]  # neither removed nor NaN
+    farthest = float(weights.log2().abs().max().exp2())
+    return next((spread for spread in SPREADS if farthest <= spread), SPREADS[-1])
+
+
+def position_on(scale: str, share: float, times: float, spread: float) -> float:
+    """Where a weight lies on a scale, from 0 to 1; the second ends at `1 / spread` and `spread`."""
     if scale == SHARE:
         return math.sqrt(max(share, 0))
-    return 0 if times <= 0 else math.log2(times) / 4 + 0.5
+    return 0 if times <= 0 else math.log(times, spread) / 2 + 0.5
+
+
+def scale_labels(scale: str, spread: float) -> tuple[str, str, str]:
+    """What is written at the ends and in the middle of a scale."""
+    return ("0 %", "25 %", "100 %") if scale == SHARE else (f"1/{spread:g}", "1", f"{spread:g}")
 
 
 def visible(piece: str) -> str:
@@ -86,6 +102,7 @@ def draw_heatmap(
 ) -> str:
     """An SVG with a row per sublayer and a column per source."""
     matrix, width = run.heatmap(token), max(min(CELLS // explorer.num_sources, WIDEST), NARROWEST)
+    spread = spread_of(matrix * run.scale)
     right, bottom = LEFT + width * explorer.num_sources, TOP + ROW * len(matrix)
     parts = [
         f'<text x="4" y="14" class="title">{visible(title)}</text>',
@@ -102,7 +119,7 @@ def draw_heatmap(
         for source in range(explorer.sources_of(sublayer)):
             share = float(matrix[sublayer, source])
             times = share * float(run.scale[sublayer])
-            fill = colour(position_on(scale, share, times))
+            fill = colour(position_on(scale, share, times, spread))
             part = kept.get((sublayer, source), 1.0)
             tip = f"{explorer.name((sublayer, source))}: {share:.1%} of the weight, {times:.3f} times an equal share"
             if part != 1:
@@ -111,8 +128,8 @@ def draw_heatmap(
     if chosen is not None:
         left, top = LEFT + width * chosen[1], TOP + ROW * chosen[0]
         parts.append(f'<rect class="chosen" x="{left}" y="{top}" width="{width}" height="{ROW}"/>')
-    parts += _draw_legend(scale, bottom + 12)
-    height, widest = bottom + LEGEND, max(right + 8, 360)
+    parts += _draw_legend(scale, spread, bottom + 12)
+    height, widest = bottom + LEGEND, max(right + 4, 336)
     return (
         f'<div class="scroll"><svg class="heatmap" xmlns="http://www.w3.org/2000/svg" width="{widest}" height="{height}" '
         f'viewBox="0 0 {widest} {height}" role="img" aria-label="{escape(title)}" font-family="sans-serif" '
@@ -138,14 +155,14 @@ def _draw_cell(connection: Connection, left: float, top: float, width: float, fi
     return f'{cell}<path class="cross" pointer-events="none" d="{path}"/>'
 
 
-def _draw_legend(scale: str, top: float) -> list[str]:
+def _draw_legend(scale: str, spread: float, top: float) -> list[str]:
     steps, width = 24, 6
     parts = [
         f'<rect x="{LEFT + width * step}" y="{top}" width="{width}" height="9" fill="{colour(step / (steps - 1))}"/>'
         for step in range(steps)
     ]
     parts.append(f'<text x="{LEFT - 5}" y="{top + 8}" text-anchor="end">{scale}</text>')
-    for place, label in zip((0, 0.5, 1), SCALES[scale]):
+    for place, label in zip((0, 0.5, 1), scale_labels(scale, spread)):
         parts.append(f'<text x="{LEFT + steps * width * place}" y="{top + 20}" text-anchor="middle">{label}</text>')
     return parts
 

@@ -6,12 +6,14 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from test_explorer import TEXT, explorer
 from tiny_backbones import NUM_SUBLAYERS
 
 from modeling_attnres.eval.explore.drawing import (
     SCALES,
     SHARE,
+    SPREADS,
     TIMES_PLAIN,
     colour,
     draw_connection,
@@ -22,6 +24,8 @@ from modeling_attnres.eval.explore.drawing import (
     draw_next_tokens,
     draw_tokens,
     position_on,
+    scale_labels,
+    spread_of,
 )
 from modeling_attnres.eval.explore.explorer import NextToken, Text
 
@@ -48,9 +52,20 @@ def test_darker_is_more():
 
 
 def test_scales_put_their_labels_where_they_say():
-    assert [position_on(SHARE, share, 0) for share in (0, 0.25, 1)] == [0, 0.5, 1]
-    assert [position_on(TIMES_PLAIN, 0, times) for times in (0.25, 1, 4)] == [0, 0.5, 1]
-    assert position_on(TIMES_PLAIN, 0, 0) == 0
+    assert [position_on(SHARE, share, 0, 4) for share in (0, 0.25, 1)] == [0, 0.5, 1]
+    assert scale_labels(SHARE, 4) == ("0 %", "25 %", "100 %")
+    for spread in SPREADS:
+        found = [position_on(TIMES_PLAIN, 0, times, spread) for times in (1 / spread, 1, spread)]
+        assert found == pytest.approx([0, 0.5, 1], abs=1e-9)
+    assert scale_labels(TIMES_PLAIN, 1.05) == ("1/1.05", "1", "1.05")
+    assert position_on(TIMES_PLAIN, 0, 0, 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "spread"), [([1, 1], 1.05), ([0.95, 1.0], 1.1), ([0, 1.3, float("nan")], 1.5), ([0.01, 3], 8)]
+)
+def test_a_scale_ends_where_the_weights_do(times, spread):
+    assert spread_of(torch.tensor([times])) == spread
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -60,10 +75,11 @@ def test_every_connection_is_a_cell(seen, scale):
     space = "{http://www.w3.org/2000/svg}"
     cells = {(int(c.get("data-sublayer")), int(c.get("data-source"))): c for c in drawing.iterfind(".//*[@data-tip]")}
     assert set(cells) == {(row, column) for row in range(NUM_SUBLAYERS + 1) for column in range(shown.sources_of(row))}
+    spread = spread_of(run.heatmap(2) * run.scale)
     for (sublayer, source), cell in cells.items():
         share = float(run.shares[2, sublayer, source])
         times = share * float(run.scale[sublayer])
-        assert cell.get("fill") == colour(position_on(scale, share, times))
+        assert cell.get("fill") == colour(position_on(scale, share, times, spread))
         assert cell.get("data-tip").startswith(
             f"{shown.name((sublayer, source))}: {share:.1%} of the weight, {times:.3f}"
         )

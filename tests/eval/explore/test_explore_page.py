@@ -23,7 +23,7 @@ from test_explore_cli import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_attnres import AttnResForCausalLM
-from modeling_attnres.eval.explore.drawing import SHARE, TIMES_PLAIN, colour, position_on
+from modeling_attnres.eval.explore.drawing import SHARE, TIMES_PLAIN, colour, position_on, spread_of
 from modeling_attnres.eval.explore.explorer import Explorer, weights_csv
 
 
@@ -159,7 +159,7 @@ def test_a_token_is_chosen_and_a_cell_says_what_it_is(visit, explorer):
     expect_next_tokens(page, explorer, [run, plain], 4)
 
     cell, share = page.locator('#heatmap [data-sublayer="5"][data-source="2"]'), float(run.shares[4, 5, 2])
-    assert cell.get_attribute("fill") == colour(position_on(SHARE, share, 0))
+    assert cell.get_attribute("fill") == colour(position_on(SHARE, share, 0, 1))
     cell.hover()
     tip = page.locator(".depth-tip")
     expect(tip).to_be_visible()
@@ -169,8 +169,9 @@ def test_a_token_is_chosen_and_a_cell_says_what_it_is(visit, explorer):
     )
     page.locator("h1").hover()
     expect(tip).to_be_hidden()
+    spread = spread_of(run.heatmap(4) * run.scale)
     page.get_by_label(TIMES_PLAIN).check()
-    expect(cell).to_have_attribute("fill", colour(position_on(TIMES_PLAIN, share, times)))
+    expect(cell).to_have_attribute("fill", colour(position_on(TIMES_PLAIN, share, times, spread)))
 
 
 def test_a_connection_is_switched_off_and_restored(visit, explorer):
@@ -274,7 +275,7 @@ def test_downloads(visit, explorer, tmp_path):
     for sublayer, source in ((2, 0), (4, 2), (6, 3)):
         cell = page.locator(f'#heatmap [data-sublayer="{sublayer}"][data-source="{source}"]')
         left, top, width, height = (float(cell.get_attribute(name)) for name in ("x", "y", "width", "height"))
-        expected = colour(position_on(SHARE, float(run.shares[6, sublayer, source]), 0))
+        expected = colour(position_on(SHARE, float(run.shares[6, sublayer, source]), 0, 1))
         found = picture.getpixel((int(2 * left + width), int(2 * top + height)))
         assert "#" + bytes(found).hex() == cell.get_attribute("fill") == expected
 
@@ -359,7 +360,8 @@ def test_a_sum_model_is_shown_beside_prenorm(checkpoint, browser, tmp_path):
         expect(page.locator("#losses tbody th")).to_have_text(["as it is", "PreNorm"])
         # Fresh queries are zero: the model is the PreNorm model.
         assert shown_losses(page)[3] == "+0.0000"
-        assert {cell.get_attribute("fill") for cell in page.locator("#heatmap [data-sublayer]").all()} == {colour(0.5)}
+        tips = [cell.get_attribute("data-tip") for cell in page.locator("#heatmap [data-sublayer]").all()]
+        assert all(tip.endswith(", 1.000 times an equal share") for tip in tips)
         page.close()
 
 
