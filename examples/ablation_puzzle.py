@@ -18,10 +18,8 @@ import os
 import statistics
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,6 +32,13 @@ PAPER = {"prenorm": 1.766, "full": 1.737, "static": 1.749, "input-dependent": 1.
 SEEDS = (0, 1, 2)
 RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
 DEPTH_SHARES = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1, 4, 16)  # of the rate of everything else
+# Colours that are told apart by their darkness too
+STYLES = {
+    "prenorm": ("0.6", ""),
+    "full": ("black", "o"),
+    "static": ("tab:orange", "s"),
+    "input-dependent": ("tab:blue", "^"),
+}
 EARLY = 20  # the step that early depth statistics are reported of
 
 
@@ -114,14 +119,14 @@ def plan_rates(study: Study) -> list[Run]:
 
 
 def plan_seeds(study: Study) -> list[Run]:
-    """The rows at depth rates of their own, and at one rate for everything."""
+    """The rows at depth rates of their own."""
     best = plan_rates(study)
-    return [
-        replace(run, seed=seed)
-        for seed in SEEDS
-        for pair in zip(best, map(at_one_rate, best))
-        for run in dict.fromkeys(pair)
-    ]
+    return [replace(run, seed=seed) for seed in SEEDS for run in best]
+
+
+def plan_one_rate(study: Study) -> list[Run]:
+    """The rows at one rate for everything, the one that suits PreNorm."""
+    return [at_one_rate(run) for run in reversed(plan_seeds(study))]
 
 
 def plan_page(study: Study) -> list[Run]:
@@ -165,6 +170,7 @@ STAGES = {
     "rates": plan_rates,
     "seeds": plan_seeds,
     "controls": plan_controls,
+    "one-rate": plan_one_rate,
     "page": plan_page,
     "steps": plan_steps,
     "width": plan_width,
@@ -224,6 +230,49 @@ def compare_all(study: Study) -> list[dict]:
     return rows
 
 
+def draw_rates(axis, study: Study):
+    """Loss against the depth rate, one line per variant."""
+    prenorm = study.best("prenorm")
+    axis.axhline(study.result(prenorm)["loss"], color=STYLES["prenorm"][0], linestyle="--", label="prenorm")
+    for variant in ROWS[1:]:
+        found = [study.find(run) for run in depth_rates(prenorm, variant)]
+        points = [(share, result["loss"]) for share, result in zip(DEPTH_SHARES, found) if result]
+        color, marker = STYLES[variant]
+        axis.plot(*zip(*points), color=color, marker=marker, label=variant)
+    axis.set_xscale("log", base=4)
+    axis.set_xticks(DEPTH_SHARES, [str(Fraction(share)) for share in DEPTH_SHARES])
+    axis.set(xlabel="depth rate / rate of everything else", ylabel="held-out loss, seed 0", title="Own rates")
+    axis.legend()
+
+
+def draw_entropies(axis, study: Study):
+    """How uniform depth weights are as training goes, at own rates (solid) and at one rate (dotted)."""
+    for variant in ROWS[1:]:
+        color, marker = STYLES[variant]
+        for run, line in ((study.best(variant), "-"), (at_one_rate(study.best(variant)), ":")):
+            if result := study.find(run):
+                points = [(record["step"], record["entropy"]) for record in result["curve"]]
+                label = f"{variant}, {'own' if line == '-' else 'one'} rate"
+                axis.plot(*zip(*points), color=color, marker=marker, linestyle=line, markersize=4, label=label)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set(xlabel="step", ylabel="entropy of depth weights (1: uniform)", ylim=(0, 1.02), title="Saturation")
+    axis.legend()
+
+
+def draw(study: Study, path: Path):
+    # Without pyplot: no display, and the user's backend stays as it is.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    draw_rates(left, study)
+    draw_entropies(right, study)
+    figure.savefig(path, dpi=110)
+
+
 def write_table(rows: list[dict], path: Path):
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -237,6 +286,7 @@ def report(study: Study, folder: Path):
     results = [json.loads(path.read_text()) for path in sorted(study.folder.glob("*.json"))]
     write_table([flat(result) for result in results], folder / "puzzle-runs.csv")
     write_table(rows, folder / "puzzle-rows.csv")
+    draw(study, folder / "puzzle.png")
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print(
