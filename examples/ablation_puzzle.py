@@ -17,6 +17,7 @@ import math
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -27,19 +28,27 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ablation_training import Data, Run, train
 
 
-FIRST = Run("prenorm")  # the first condition, which rates are chosen in
+# The conditions that rates are chosen in: small enough for three seeds of everything, and a larger one
+FIRST = Run("prenorm", layers=4, width=32, steps=200)
+LARGER = Run("prenorm", layers=6, width=64, steps=320)
 ROWS = ("prenorm", "full", "static", "input-dependent")
 PAPER = {"prenorm": 1.766, "full": 1.737, "static": 1.749, "input-dependent": 1.731}  # Table 4
 SEEDS = (0, 1, 2)
 RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
-DEPTH_SHARES = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1, 4, 16)  # of the rate of everything else
+DEPTH_SHARES = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64)  # of the rate of everything else
 # Colours that are told apart by their darkness too
 STYLES = {
     "prenorm": ("0.6", ""),
     "full": ("black", "o"),
     "static": ("tab:orange", "s"),
     "input-dependent": ("tab:blue", "^"),
+    "full-mean-keys": ("0.45", "x"),
+    "static-softmax": ("tab:brown", "d"),
+    "query-and-logits": ("tab:green", "v"),
 }
+# Which of them are tried in any case
+STARTS = {"full": [3, 4, 5], "static": [5, 6, 7], "input-dependent": [1, 2, 3]}
+STARTS |= {"full-mean-keys": [4, 5], "static-softmax": [6, 7], "query-and-logits": [4, 5]}
 EARLY = 20  # the step that early depth statistics are reported of
 
 
@@ -96,13 +105,11 @@ class Study:
                 return runs[best]
             tried += beyond
 
-    def best(self, variant: str) -> Run:
-        """`variant` in the first condition: PreNorm at its best rate, the others at that and their best depth rate."""
-        prenorm = self.sweep([replace(FIRST, lr=rate) for rate in RATES], start=[1, 2, 3])
-        if variant == "prenorm":
-            return prenorm
-        start = [2, 3, 4] if variant == "input-dependent" else [3, 4, 5]
-        return self.sweep(depth_rates(prenorm, variant), start)
+    def best(self, variant: str, condition: Run | None = None) -> Run:
+        """PreNorm at its best rate; another variant at that rate and its best depth rate. By default in `FIRST`."""
+        runs = [replace(condition or FIRST, lr=rate) for rate in RATES]
+        prenorm = self.sweep(runs, start=[1, 2, 3])
+        return prenorm if variant == "prenorm" else self.sweep(depth_rates(prenorm, variant), STARTS[variant])
 
 
 def depth_rates(prenorm: Run, variant: str) -> list[Run]:
@@ -130,52 +137,56 @@ def plan_one_rate(study: Study) -> list[Run]:
     return [at_one_rate(run) for run in reversed(plan_seeds(study))]
 
 
-def plan_page(study: Study) -> list[Run]:
-    """The rows at the one rate of docs/reproduction.md."""
-    return [replace(FIRST, variant=variant) for variant in ROWS]
+def plan_weights(study: Study) -> list[Run]:
+    """What sets static scalars apart: no softmax, the same weights for all tokens, or a parameter per source."""
+    return [study.best(variant) for variant in ("static-softmax", "full-mean-keys", "query-and-logits")]
 
 
-def plan_controls(study: Study) -> list[Run]:
-    """One thing changed at a time, at the rates of the row that it belongs to."""
-    _, full, static, projected = plan_rates(study)
+def plan_projections(study: Study) -> list[Run]:
+    """The input-dependent query with one thing changed at a time."""
+    best = study.best("input-dependent")
     return [
-        replace(at_one_rate(projected), muon=True),
-        replace(projected, variant="query-and-projection"),
-        replace(static, variant="static-softmax"),
-        replace(projected, variant="input-dependent-from-stream"),
-        replace(at_one_rate(projected), variant="input-dependent-frozen-key-norm"),
-        replace(full, variant="full-frozen-key-norm"),
-        replace(at_one_rate(projected), query_std=0.02),
-        replace(full, query_std=0.02),
+        replace(at_one_rate(best), muon=True),
+        replace(best, variant="query-and-projection"),
+        replace(best, variant="input-dependent-from-stream"),
+        replace(best, variant="input-dependent-frozen-key-norm"),
+        replace(best, query_std=0.02),
     ]
+
+
+def plan_queries(study: Study) -> list[Run]:
+    """The pseudo-query with one thing changed at a time."""
+    best = study.best("full")
+    return [replace(best, variant="full-frozen-key-norm"), replace(best, query_std=0.02)]
+
+
+def plan_shallow(study: Study) -> list[Run]:
+    """Plain models of one and two decoder layers, at the rate of the deep one: what is gained by skipping layers."""
+    deep = [study.best("prenorm"), replace(LARGER, lr=RATES[2])]
+    return [replace(run, layers=layers) for run in deep for layers in (1, 2)]
+
+
+def plan_larger(study: Study) -> list[Run]:
+    """Twice the width, three sublayers for two, and more steps, at depth rates of their own again."""
+    return [study.best(variant, LARGER) for variant in (*ROWS, "full-mean-keys", "static-softmax")]
 
 
 def plan_steps(study: Study) -> list[Run]:
     """Four times the steps."""
-    return [replace(run, steps=1280) for run in plan_rates(study)]
-
-
-def plan_width(study: Study) -> list[Run]:
-    """Twice the width, at the same rates and with all depth parameters at the rate of everything else."""
-    best = plan_rates(study)
-    return [replace(run, width=128) for run in [*best, at_one_rate(best[-1])]]
-
-
-def plan_depth(study: Study) -> list[Run]:
-    """Layers, steps and batch of docs/reproduction.md."""
-    return [replace(run, layers=16, steps=400, batch=16) for run in plan_rates(study)]
+    return [replace(run, steps=4 * run.steps) for run in plan_rates(study)]
 
 
 # In the order of their worth: an interrupted study lacks its last ones.
 STAGES = {
     "rates": plan_rates,
+    "weights": plan_weights,
     "seeds": plan_seeds,
-    "controls": plan_controls,
+    "shallow": plan_shallow,
+    "projections": plan_projections,
     "one-rate": plan_one_rate,
-    "page": plan_page,
+    "larger": plan_larger,
     "steps": plan_steps,
-    "width": plan_width,
-    "depth": plan_depth,
+    "queries": plan_queries,
 }
 
 
@@ -225,53 +236,59 @@ def compare_all(study: Study) -> list[dict]:
     best = plan_rates(study)
     rows = compare(study, "one", [at_one_rate(run) for run in best])
     rows += compare(study, "own", best)
-    rows += compare(study, "one (the page's)", plan_page(study))
-    for plan in (plan_steps, plan_width, plan_depth):
-        rows += compare(study, "own, of the first condition", plan(study)[: len(ROWS)])
+    rows += compare(study, "own, of fewer steps", plan_steps(study))
     return rows
 
 
-def draw_rates(axis, study: Study):
+def draw_rates(axis, study: Study, condition: Run):
     """Loss against the depth rate, one line per variant."""
-    prenorm = study.best("prenorm")
+    prenorm = study.best("prenorm", condition)
     axis.axhline(study.result(prenorm)["loss"], color=STYLES["prenorm"][0], linestyle="--", label="prenorm")
-    for variant in ROWS[1:]:
+    for variant, (color, marker) in list(STYLES.items())[1:]:
         found = [study.find(run) for run in depth_rates(prenorm, variant)]
         points = [(share, result["loss"]) for share, result in zip(DEPTH_SHARES, found) if result]
-        color, marker = STYLES[variant]
-        axis.plot(*zip(*points), color=color, marker=marker, label=variant)
+        if points:
+            axis.plot(*zip(*points), color=color, marker=marker, label=variant)
     axis.set_xscale("log", base=4)
-    axis.set_xticks(DEPTH_SHARES, [str(Fraction(share)) for share in DEPTH_SHARES])
-    axis.set(xlabel="depth rate / rate of everything else", ylabel="held-out loss, seed 0", title="Own rates")
+    axis.set_xticks(DEPTH_SHARES[1:], [str(Fraction(share)) for share in DEPTH_SHARES[1:]])
+    axis.minorticks_off()
+    axis.set(xlabel="depth rate / rate of everything else", ylabel="held-out loss, seed 0")
+    axis.set_title(f"{condition.layers} layers of width {condition.width}, {condition.steps} steps")
     axis.legend()
 
 
-def draw_entropies(axis, study: Study):
-    """How uniform depth weights are as training goes, at own rates (solid) and at one rate (dotted)."""
+def draw_entropies(axis, study: Study, rate_of: Callable[[Run], Run]):
+    """How uniform depth weights are as training goes, in the first condition."""
     for variant in ROWS[1:]:
-        color, marker = STYLES[variant]
-        for run, line in ((study.best(variant), "-"), (at_one_rate(study.best(variant)), ":")):
-            if result := study.find(run):
-                points = [(record["step"], record["entropy"]) for record in result["curve"]]
-                label = f"{variant}, {'own' if line == '-' else 'one'} rate"
-                axis.plot(*zip(*points), color=color, marker=marker, linestyle=line, markersize=4, label=label)
+        if result := study.find(rate_of(study.best(variant))):
+            points = [(record["step"], record["entropy"]) for record in result["curve"]]
+            axis.plot(*zip(*points), color=STYLES[variant][0], marker=STYLES[variant][1], label=variant)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:.0f}")
-    axis.set(xlabel="step", ylabel="entropy of depth weights (1: uniform)", ylim=(0, 1.02), title="Saturation")
-    axis.legend()
+    axis.set(xlabel="step", ylabel="entropy of depth weights (1: uniform)", ylim=(0, 1.03))
+    axis.legend(loc="lower left")
 
 
-def draw(study: Study, path: Path):
+def draw(study: Study, folder: Path):
     # Without pyplot: no display, and the user's backend stays as it is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    draw_rates(left, study)
-    draw_entropies(right, study)
-    figure.savefig(path, dpi=110)
+    for name in ("puzzle-rates", "puzzle-entropy"):
+        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, 2)
+        if name == "puzzle-rates":
+            draw_rates(axes[0], study, FIRST)
+            if study.find(replace(LARGER, lr=RATES[2])):
+                draw_rates(axes[1], study, LARGER)
+        else:
+            for axis, rate_of, title in zip(
+                axes, (at_one_rate, replace), ("One rate for everything", "Own depth rates")
+            ):
+                draw_entropies(axis, study, rate_of)
+                axis.set_title(title)
+        figure.savefig(folder / f"{name}.png", dpi=110)
 
 
 def write_table(rows: list[dict], path: Path):
@@ -287,7 +304,7 @@ def report(study: Study, folder: Path):
     results = [json.loads(path.read_text()) for path in sorted(study.folder.glob("*.json"))]
     write_table([flat(result) for result in results], folder / "puzzle-runs.csv")
     write_table(rows, folder / "puzzle-rows.csv")
-    draw(study, folder / "puzzle.png")
+    draw(study, folder)
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print(

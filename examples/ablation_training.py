@@ -23,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pretrain import build_model, read_texts, to_blocks, train_tokenizer
 
 from modeling_attnres import AttnResConfig
+from modeling_attnres.depth_attention_attnres import DepthAttention
 from modeling_attnres.depth_variants_attnres import (
     InputDependentDepthAttention,
     SourcesForm,
     StaticMixing,
     learned_scalars,
+    normed_scores,
     softmax,
 )
 from modeling_attnres.depth_weights_attnres import source_norm
@@ -36,7 +38,7 @@ from modeling_attnres.training import attnres_parameter_groups
 
 
 LENGTH, VOCABULARY = 128, 2048
-PAGE_RATE = 3e-3  # of every parameter in docs/reproduction.md
+LOGIT_SCALE = 16
 
 
 # --- Variants that only this study has -------------------------------------------------------------------------------
@@ -67,6 +69,35 @@ def scores_from_the_stream(projection: torch.Tensor, values: torch.Tensor, norm_
     return (normed * ((stream / source_norm(stream, norm_floor)) @ projection.mT)).sum(-1)
 
 
+def scores_of_mean_keys(query: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
+    """`w_l . mean(RMSNorm_l(v_i))` over all tokens of the batch: the method's parameters, and the same weights for all.
+
+    A control only: the mean contains later tokens.
+    """
+    keys = (values / source_norm(values, norm_floor)).mean((1, 2), keepdim=True)
+    return (keys @ query).expand(values.shape[:-1])
+
+
+class QueryAndLogits(DepthAttention):
+    """The pseudo-query with a learned logit per source beside it: `w_l . RMSNorm_l(v_i) + b_{l,i}`.
+
+    The logits are kept divided by `LOGIT_SCALE`, so that with Adam they learn at as many times the rate of the query.
+    """
+
+    def __init__(self, config: AttnResConfig):
+        super().__init__(config.num_sublayers, config.text_config.hidden_size, config.depth_norm_eps)
+        self.logits = nn.Parameter(torch.zeros(config.num_sublayers, config.num_blocks + 1))
+
+    def forward(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        queries, norm_floor = super().forward(embedding)
+        return torch.cat([queries, LOGIT_SCALE * nn.functional.pad(self.logits, (0, 0, 1, 0))], dim=-1), norm_floor
+
+
+def scores_and_logits(parameters: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
+    query, logits = parameters.split([values.shape[-1], len(parameters) - values.shape[-1]])
+    return normed_scores(query, values, norm_floor) + logits[: len(values)].view(-1, 1, 1)
+
+
 class StaticLogits(StaticMixing):
     """Scalars that go through a softmax, and start at zero: static, but neither negative nor above 1."""
 
@@ -95,6 +126,8 @@ VARIANTS = {
     "static": ("static", None),
     "input-dependent": ("input_dependent", None),
     "static-softmax": ("static", replaced(StaticLogits, SourcesForm(learned_scalars, softmax))),
+    "query-and-logits": ("softmax", replaced(QueryAndLogits, SourcesForm(scores_and_logits))),
+    "full-mean-keys": ("softmax", replaced(None, SourcesForm(scores_of_mean_keys))),
     "query-and-projection": ("input_dependent", replaced(QueryAndProjection, SourcesForm(biased_scores))),
     "input-dependent-from-stream": ("input_dependent", replaced(None, SourcesForm(scores_from_the_stream))),
     "full-frozen-key-norm": ("softmax", frozen_key_norms),
@@ -120,8 +153,8 @@ class Run:
 
     variant: str
     seed: int = 0
-    lr: float = PAGE_RATE
-    depth_lr: float = PAGE_RATE
+    lr: float = 3e-3
+    depth_lr: float = 3e-3
     layers: int = 6
     width: int = 64
     steps: int = 320

@@ -45,9 +45,9 @@ def record_rates(folder: Path):
     """PreNorm is best at 6e-3, Full at four times that, static at a quarter, the input-dependent query at a 64th."""
     best = {"full": 4, "static": 1 / 4, "input-dependent": 1 / 64}
     for rate in puzzle.RATES[1:4]:
-        record(folder, Run("prenorm", lr=rate), 2 + abs(rate - 6e-3))
+        record(folder, replace(puzzle.FIRST, lr=rate), 2 + abs(rate - 6e-3))
     for variant, share in best.items():
-        for index, run in enumerate(puzzle.depth_rates(Run("prenorm", lr=6e-3), variant)):
+        for index, run in enumerate(puzzle.depth_rates(replace(puzzle.FIRST, lr=6e-3), variant)):
             record(folder, run, 2 + 0.1 * abs(index - puzzle.DEPTH_SHARES.index(share)))
 
 
@@ -56,7 +56,9 @@ def test_a_study_is_run_continued_and_reported(texts, tmp_path, monkeypatch, cap
     monkeypatch.setattr(puzzle, "FIRST", replace(puzzle.FIRST, layers=2, width=16))
     arguments = ["--output", str(tmp_path / "runs"), "--steps", "0.01"]
     for _ in range(2):
-        puzzle.main(["run", "--text", str(texts), *arguments, "--stages", "rates", "controls"])
+        puzzle.main(
+            ["run", "--text", str(texts), *arguments, "--stages", "rates", "weights", "projections", "queries"]
+        )
     trained = [line for line in capsys.readouterr().out.splitlines() if "choosing" in line]
     assert len(trained) == len(set(trained)) == len(list((tmp_path / "runs").iterdir()))  # none was trained twice
     puzzle.main(["report", *arguments, "--report", str(tmp_path / "report")])
@@ -154,6 +156,6 @@ def test_wrong_use_is_named(arguments, message, tmp_path, capsys):
 
 
 def test_a_report_without_the_rates_names_the_missing_run(tmp_path):
-    with pytest.raises(ValueError, match=r"must hold the runs of the stage `rates`, got .* without prenorm-6x64"):
+    with pytest.raises(ValueError, match=r"must hold the runs of the stage `rates`, got .* without prenorm-4x32"):
         puzzle.main(["report", "--output", str(tmp_path), "--report", str(tmp_path / "report")])
     assert not (tmp_path / "report").exists()
