@@ -64,7 +64,7 @@ def test_a_study_is_run_continued_and_reported(texts, tmp_path, monkeypatch, cap
     puzzle.main(["report", *arguments, "--report", str(tmp_path / "report")])
     rows = list(csv.DictReader((tmp_path / "report" / "puzzle-runs.csv").open()))
     assert {row["variant"] for row in rows} == set(training.VARIANTS)
-    assert {row["steps"] for row in rows} == {"3"}
+    assert {row["steps"] for row in rows} == {"2"}
     assert all(0 < float(row["entropy"]) <= 1 + 1e-6 for row in rows if row["variant"] != "prenorm")
     assert (tmp_path / "report" / "puzzle.png").read_bytes().startswith(b"\x89PNG")
 
