@@ -66,7 +66,8 @@ def test_a_study_is_run_continued_and_reported(texts, tmp_path, monkeypatch, cap
     assert {row["variant"] for row in rows} == set(training.VARIANTS)
     assert {row["steps"] for row in rows} == {"2"}
     assert all(0 < float(row["entropy"]) <= 1 + 1e-6 for row in rows if row["variant"] != "prenorm")
-    assert (tmp_path / "report" / "puzzle.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("puzzle-rates.png", "puzzle-entropy.png"):
+        assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_rates_are_chosen_apart_from_what_is_reported(tmp_path):
