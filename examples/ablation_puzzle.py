@@ -22,6 +22,8 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+from modeling_attnres.command_line import Result, ToolParser, positive_number, run_tool
+
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -61,14 +63,14 @@ class Study:
     Args:
         folder: of the results, one file per run.
         data: what to train on; without, a missing result is an error.
-        steps: of every run, in units of the study's own number (a reduced study has less than 1).
+        share: of the study's own number of steps, in every run (a reduced study has less than 1).
     """
 
-    def __init__(self, folder: Path, data: Data | None = None, steps: float = 1.0):
-        self.folder, self.data, self.steps = folder, data, steps
+    def __init__(self, folder: Path, data: Data | None = None, share: float = 1.0):
+        self.folder, self.data, self.share = folder, data, share
 
     def find(self, run: Run) -> dict | None:
-        run = replace(run, steps=max(2, round(run.steps * self.steps)))
+        run = replace(run, steps=max(2, round(run.steps * self.share)))
         path = self.folder / f"{run.name}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -81,7 +83,7 @@ class Study:
         return self.train(run) if found is None else found
 
     def train(self, run: Run) -> dict:
-        run = replace(run, steps=max(2, round(run.steps * self.steps)))
+        run = replace(run, steps=max(2, round(run.steps * self.share)))
         result = train(run, self.data)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{run.name}.json"
@@ -312,29 +314,42 @@ def report(study: Study, folder: Path):
         )
 
 
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "report"])
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results, one file per run")
-    parser.add_argument("--text", type=Path, help="folder of *.txt files, for `run`")
+def build_parser() -> ToolParser:
+    parser = ToolParser(
+        prog="ablation_puzzle.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=["run", "report"], help="train what has no result, or draw what has one")
+    parser.add_shared("--output", required=True, help="folder of the results, one file per run")
+    parser.add_shared("--text", help="folder of *.txt files, for `run`")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="for `run`")
-    parser.add_argument("--steps", type=float, default=1.0, help="of every run, as a share of the study's own number")
+    parser.add_argument(
+        "--share", type=positive_number, default=1.0, help="of the study's own number of steps, in every run"
+    )
     parser.add_argument("--report", type=Path, help="folder for tables and pictures, for `report`")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Trains what has no result yet, or writes tables and pictures of what has one."""
     needed = "text" if args.action == "run" else "report"
     if getattr(args, needed) is None:
-        parser.error(f"`{args.action}` needs --{needed}")
-    if not args.steps > 0:
-        parser.error(f"--steps must be positive, got {args.steps}")
+        raise ValueError(f"`{args.action}` needs --{needed}, which is not given.")
     if args.action == "report":
-        report(Study(args.output, steps=args.steps), args.report)
-        return
-    study = Study(args.output, Data(args.text), args.steps)
+        report(Study(args.output, share=args.share), args.report)
+        return Result("", None)
+    study = Study(args.output, Data(args.text), args.share)
     for stage in args.stages:
         print(f"--- {stage}", flush=True)
-        for run in STAGES[stage](study):
-            study.result(run)
+        for wanted in STAGES[stage](study):
+            study.result(wanted)
+    return Result("", None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see [`modeling_attnres.command_line`]."""
+    parser = build_parser()
+    return run_tool(parser.prog, run, parser.parse_args(argv), interrupted="interrupted; the same command goes on.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,14 +55,13 @@ def record_rates(folder: Path):
 def test_a_study_is_run_continued_and_reported(texts, tmp_path, monkeypatch, capsys):
     """A hundredth of the steps, in a model of two layers of width 16."""
     monkeypatch.setattr(puzzle, "FIRST", replace(puzzle.FIRST, layers=2, width=16))
-    arguments = ["--output", str(tmp_path / "runs"), "--steps", "0.01"]
+    arguments = ["--output", str(tmp_path / "runs"), "--share", "0.01"]
     for _ in range(2):
-        puzzle.main(
-            ["run", "--text", str(texts), *arguments, "--stages", "rates", "weights", "projections", "queries"]
-        )
+        stages = ["--stages", "rates", "weights", "projections", "queries"]
+        assert puzzle.main(["run", "--text", str(texts), *arguments, *stages]) == 0
     trained = [line for line in capsys.readouterr().out.splitlines() if "choosing" in line]
     assert len(trained) == len(set(trained)) == len(list((tmp_path / "runs").iterdir()))  # none was trained twice
-    puzzle.main(["report", *arguments, "--report", str(tmp_path / "report")])
+    assert puzzle.main(["report", *arguments, "--report", str(tmp_path / "report")]) == 0
     rows = list(csv.DictReader((tmp_path / "report" / "puzzle-runs.csv").open()))
     assert {row["variant"] for row in rows} == set(training.VARIANTS)
     assert {row["steps"] for row in rows} == {"2"}
@@ -147,16 +147,20 @@ def test_muon_orthogonalises_every_slice_in_place():
     [
         (["run"], "`run` needs --text"),
         (["report"], "`report` needs --report"),
-        (["run", "--text", "texts", "--steps", "0"], "--steps must be positive, got 0.0"),
+        (["run", "--text", "texts", "--share", "0"], "argument --share: must be a number above 0, got"),
     ],
 )
 def test_wrong_use_is_named(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        puzzle.main([*arguments, "--output", str(tmp_path)])
+    try:
+        code = puzzle.main([*arguments, "--output", str(tmp_path)])
+    except SystemExit as ended:  # by the parser
+        code = ended.code
+    assert code == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_report_without_the_rates_names_the_missing_run(tmp_path):
-    with pytest.raises(ValueError, match=r"must hold the runs of the stage `rates`, got .* without prenorm-4x32"):
-        puzzle.main(["report", "--output", str(tmp_path), "--report", str(tmp_path / "report")])
+def test_a_report_without_the_rates_names_the_missing_run(tmp_path, capsys):
+    assert puzzle.main(["report", "--output", str(tmp_path), "--report", str(tmp_path / "report")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"must hold the runs of the stage `rates`, got .* without prenorm-4x32", line)
     assert not (tmp_path / "report").exists()
