@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from .arms import ARMS, count_trained, load_base, prepare
+from .report import report
 from .schedule import SEEDS, Run, Study, form_of, write_json
 from .texts import Blocks, load_domain
 from .training import Settings, Stopwatch, block_losses, draw_batches, train
@@ -62,7 +63,8 @@ class Worker:
             record["train_losses"] = train(model, batches, self.settings, rate, query_rate, run.seed)
             record["train_seconds"] = watch.seconds()
         held_out, watch = self.held_out(run), Stopwatch()
-        record["losses"] = block_losses(model, held_out)
+        # Rates are chosen by losses of half precision; reported losses are of full.
+        record["losses"] = block_losses(model, held_out, autocast=run.stage == "sweep")
         record["eval_seconds"] = watch.seconds()
         record["num_bytes"] = held_out.num_bytes.tolist()
         record["documents"] = held_out.documents
@@ -163,7 +165,10 @@ def main(argv: list[str] | None = None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.action == "report":
-        raise NotImplementedError
+        if args.report is None:
+            parser.error("`report` needs --report")
+        report(Study.open(args.output, args.seeds), args.report)
+        return
     if args.model is None or not args.domains:
         parser.error(f"`{args.action}` needs --model and --domain")
     logging.set_verbosity_error()

@@ -46,10 +46,14 @@ def form_of(arm: str) -> str:
     return MAIN_FORM if ARMS[arm].attnres else PRENORM
 
 
+def sweep_run(domain: str, arm: str, rate: float) -> Run:
+    return Run("sweep", domain, form_of(arm), arm, SWEEP_SEED, rate)
+
+
 def planned(domains: list[str], seeds: int) -> list[Run]:
     """All runs, those that the report can do without last.
 
-    A domain's sweep comes before its first seed. Seeds are the outer loop, so a study that is cut short has fewer of
+    Learning rates are swept on the first domain and hold for all. Seeds are the outer loop, so a study that is cut short has fewer of
     them in every arm and domain. Other forms of AttnRes, on the first domain, come after three seeds.
     """
     runs = []
@@ -57,11 +61,8 @@ def planned(domains: list[str], seeds: int) -> list[Run]:
         for domain in domains:
             if seed == 0:
                 runs += [Run("before", domain, form) for form in (PRENORM, MAIN_FORM)]
-                runs += [
-                    Run("sweep", domain, form_of(name), name, SWEEP_SEED, rate)
-                    for name, arm in ARMS.items()
-                    for rate in arm.rates
-                ]
+            if seed == 0 and domain == domains[0]:
+                runs += [sweep_run(domain, name, rate) for name, arm in ARMS.items() for rate in arm.rates]
             runs += [Run("seeds", domain, form_of(name), name, seed) for name in ARMS]
         if seed == min(2, seeds - 1):
             others = [form for form in FORMS if form != MAIN_FORM]
@@ -93,6 +94,20 @@ class Study:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         write_json(path, described)
 
+    @classmethod
+    def open(cls, folder: Path, seeds: int) -> "Study":
+        """The study that a folder holds.
+
+        Raises:
+            ValueError: if it holds none.
+        """
+        path = folder / "study.json"
+        if not path.exists():
+            raise ValueError(f"`--output` must be the folder of a study, got {folder} without study.json.")
+        described = json.loads(path.read_text("utf-8"))
+        domains = described.pop("domains")
+        return cls(folder, Settings(**described), domains, seeds)
+
     @property
     def runs(self) -> list[Run]:
         return planned(list(self.domains), self.seeds)
@@ -105,11 +120,16 @@ class Study:
         path = self.path(run)
         return json.loads(path.read_text("utf-8")) if path.exists() else None
 
-    def chosen_rate(self, domain: str, arm: str) -> float | None:
+    @property
+    def first_domain(self) -> str:
+        """Where rates are swept and forms are compared."""
+        return next(iter(self.domains))
+
+    def chosen_rate(self, arm: str) -> float | None:
         """The swept rate with the least loss on validation; `None` until the arm's sweep is complete."""
         found = {}
         for rate in ARMS[arm].rates:
-            record = self.read(Run("sweep", domain, form_of(arm), arm, SWEEP_SEED, rate))
+            record = self.read(sweep_run(self.first_domain, arm, rate))
             if record is None:
                 return None
             found[rate] = sum(record["losses"])
@@ -117,12 +137,12 @@ class Study:
 
     def rates(self, run: Run) -> tuple[float, float | None] | None:
         """The learning rate of a run and that of its queries; `None` while a sweep that it waits for is not done."""
-        rate = self.chosen_rate(run.domain, run.arm) if run.rate is None else run.rate
+        rate = self.chosen_rate(run.arm) if run.rate is None else run.rate
         if not ARMS[run.arm].attnres:
             return None if rate is None else (rate, None)
         if run.arm == "queries":
             return None if rate is None else (rate, rate)
-        alone = self.chosen_rate(run.domain, "queries")
+        alone = self.chosen_rate("queries")
         return None if rate is None or alone is None else (rate, QUERY_RATE_BESIDE * alone)
 
     @contextmanager
