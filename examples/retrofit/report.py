@@ -103,7 +103,10 @@ def arms_table(study: Study) -> list[dict]:
             row = {"domain": domain, "arm": ARMS[arm].label if arm else "before training"}
             row |= {"parameters": records[0].get("trained_parameters", 0), "rate": records[0].get("rate") or ""}
             row |= {"query rate": records[0].get("query_rate") or "", "seeds": len(records) if arm else ""}
-            row |= {"nats per token": nats.mean(), "standard deviation": statistics.stdev(nats) if arm else ""}
+            row |= {
+                "nats per token": nats.mean(),
+                "standard deviation": statistics.stdev(nats) if len(nats) > 1 and arm else "",
+            }
             row["bits per byte"] = group.nats.sum(1).mean() / math.log(2) / group.num_bytes.sum()
             for clock, name in (("cpu", "CPU seconds"), ("wall", "wall seconds")):
                 row[name] = statistics.median(record["train_seconds"][clock] for record in records) if arm else ""
@@ -198,10 +201,10 @@ def new_figure(**kwargs):
 
 
 def draw_differences(study: Study, path: Path):
-    """A panel per domain, a line per comparison: seeds as points, their mean with its interval beside them."""
-    figure = new_figure(figsize=(8, 1.0 + 1.6 * len(study.domains)))
+    """A panel per domain, a line per comparison: the seeds, and their mean with both intervals."""
+    figure = new_figure(figsize=(8, 1.2 + 1.6 * len(study.domains)))
     panels = figure.subplots(len(study.domains), 1, squeeze=False, sharex=True)[:, 0]
-    pairs = [pair for pair in COMPARISONS if pair[1] != "" and pair[0] != "queries"]
+    pairs = [pair for pair in COMPARISONS if pair[1] and pair[0] != "queries"]
     tokens = study.settings.length - 1
     for panel, domain in zip(panels, study.domains):
         for place, (arm, base) in enumerate(pairs):
@@ -211,43 +214,70 @@ def draw_differences(study: Study, path: Path):
                 continue
             single = (variant.only(seeds).nats - baseline.only(seeds).nats).mean(1) / tokens
             found = paired(variant, baseline, tokens)
-            panel.plot(single, [place + 0.25] * len(single), "o", color="0.55", markersize=4)
-            styles = (("nats", 0.0, "black", "s"), ("blocks", -0.2, "tab:blue", "D"))
-            for name, shift, color, marker in styles:
+            panel.plot(single, [place - 0.22] * len(single), "o", color="0.55", markersize=4, label="one seed each")
+            styles = (("nats", 0.0, "black", "s", "seeds"), ("blocks", 0.22, "tab:blue", "D", "test blocks"))
+            for name, shift, color, marker, label in styles:
                 estimate = found[name]
                 errors = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
                 panel.errorbar(
-                    estimate.mean, place + shift, xerr=errors, fmt=marker, color=color, capsize=4, markersize=5
+                    estimate.mean,
+                    place + shift,
+                    xerr=errors,
+                    fmt=marker,
+                    color=color,
+                    capsize=4,
+                    markersize=5,
+                    label=f"mean, 95 % over {label}",
                 )
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_yticks(range(len(pairs)), [f"{ARMS[a].label}\nminus {ARMS[b].label}" for a, b in pairs])
-        panel.set_ylim(-0.5, len(pairs) - 0.5)
+        panel.set_ylim(len(pairs) - 0.5, -0.5)
         panel.set_title(domain, loc="left")
         panel.grid(axis="x", alpha=0.3)
     panels[-1].set_xlabel("difference in test loss, nats per token (left of 0: AttnRes is better)")
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
+def smoothed(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (from 1) and the running mean of `losses` `[steps]`."""
+    width = min(SMOOTHED, len(losses))
+    values = np.convolve(losses, np.ones(width) / width, "valid")
+    return np.arange(len(values)) + (width + 1) / 2, values
+
+
 def draw_curves(study: Study, path: Path):
-    """Training loss over steps, a panel per domain: the mean over seeds, smoothed over a few steps."""
-    figure = new_figure(figsize=(9, 3.8))
-    panels = figure.subplots(1, len(study.domains), squeeze=False)[0]
-    styles = {"queries": ("0.6", "-"), "lora": ("C0", "-"), "attnres-lora": ("C0", "--")}
-    styles |= {"full": ("C3", "-"), "attnres-full": ("C3", "--")}
-    window = np.ones(SMOOTHED) / SMOOTHED
-    for panel, domain in zip(panels, study.domains):
+    """A column per domain: training loss over steps, and below it minus that of PreNorm, LoRA on the same batches."""
+    figure = new_figure(figsize=(9, 6.4))
+    grid = figure.subplots(2, len(study.domains), squeeze=False, sharex=True)
+    styles = {"queries": ("0.6", "-"), "lora": ("tab:blue", "-"), "attnres-lora": ("tab:blue", "--")}
+    styles |= {"full": ("darkred", "-"), "attnres-full": ("darkred", "--")}
+    for column, domain in zip(grid.T, study.domains):
+        baseline = Group.read(study, domain, "lora").records
         for arm, (color, line) in styles.items():
             records = Group.read(study, domain, arm).records
-            if records:
-                losses = np.mean([record["train_losses"] for record in records.values()], axis=0)
-                smooth = np.convolve(losses, window, "valid")
-                steps = np.arange(len(smooth)) + (SMOOTHED + 1) / 2
-                panel.plot(steps, smooth, line, color=color, label=ARMS[arm].label)
-        panel.set(xlabel="step", title=domain)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("training loss, nats per token")
-    panels[0].legend(fontsize=8)
+            seeds = records.keys() & baseline.keys()
+            if not seeds:
+                continue
+            losses = np.array([records[seed]["train_losses"] for seed in seeds])
+            differences = losses - [baseline[seed]["train_losses"] for seed in seeds]
+            for panel, values in zip(column, (losses, differences)):
+                panel.plot(*smoothed(values.mean(0)), line, color=color, label=ARMS[arm].label)
+                panel.grid(alpha=0.3)
+        column[0].set_title(domain, loc="left")
+        column[1].set_xlabel(f"step (mean of {SMOOTHED} steps and of the seeds)")
+    grid[0, 0].set_ylabel("training loss, nats per token")
+    grid[1, 0].set_ylabel("minus PreNorm, LoRA")
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def cell(value) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def write_table(rows: list[dict], path: Path):
@@ -260,8 +290,7 @@ def write_table(rows: list[dict], path: Path):
         writer.writerows(rows)
     print(f"\n{path.name}\n\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        cells = [f"{value:.4f}" if isinstance(value, float) and value > 0.01 else str(value) for value in row.values()]
-        print("| " + " | ".join(cells) + " |")
+        print("| " + " | ".join(cell(value) for value in row.values()) + " |")
 
 
 def report(study: Study, folder: Path):
