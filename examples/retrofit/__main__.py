@@ -14,6 +14,7 @@ is started again with the same arguments. `report` writes tables and pictures of
 import argparse
 import functools
 import os
+import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
+
+from modeling_attnres.command_line import SHARED, Result, ToolParser, positive_int, run_tool
 
 from .arms import ARMS, count_trained, load_base, prepare
 from .report import report
@@ -37,7 +40,7 @@ class Worker:
         self.settings = settings
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.splits = {
-            name: load_domain(pattern, self.tokenizer, settings.length) for name, pattern in domains.items()
+            name: load_domain(pattern, self.tokenizer, settings.tokens) for name, pattern in domains.items()
         }
         for splits in self.splits.values():
             draw_batches(splits["train"], settings, 0)  # raises before the work
@@ -101,7 +104,7 @@ def do_one(study: Study, worker: Worker, run: Run, keep: bool, pending: int) -> 
             folder.parent.mkdir(exist_ok=True)
             worker.save(model, folder)
         write_json(study.path(run), record)
-    nats = sum(record["losses"]) / len(record["losses"]) / (worker.settings.length - 1)
+    nats = sum(record["losses"]) / len(record["losses"]) / (worker.settings.tokens - 1)
     seconds = watch.seconds()
     clock = time.strftime("%H:%M:%S")
     print(
@@ -143,34 +146,48 @@ def parse_domain(value: str) -> tuple[str, str]:
     return name, pattern
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="retrofit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+SETTINGS_HELP = {
+    "steps": "of the optimizer in every run",
+    "batch_size": "blocks per step",
+    "tokens": "of a block",
+    "validation_blocks": "to choose rates by",
+    "test_blocks": "to report",
+    "warmup_steps": "of these, with a rising rate",
+}
+
+
+def build_parser() -> ToolParser:
+    parser = ToolParser(
+        prog="examples.retrofit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["plan", "run", "report"])
-    parser.add_argument("--output", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--model", type=Path, help="folder of a PreNorm model, for `plan` and `run`")
+    parser.add_argument("action", choices=["plan", "run", "report"], help="count the cost, train, or draw")
+    parser.add_shared("--output", required=True, help="folder of the study")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a PreNorm model, for `plan` and `run`")
     parser.add_argument(
         "--domain", type=parse_domain, action="append", default=[], dest="domains", help="NAME='PATTERN' of text files"
     )
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=positive_int, default=SEEDS, help="of every arm (default: %(default)s)")
     parser.add_argument("--keep-models", action="store_true", help="save the models of seed 0 below models/")
-    parser.add_argument("--report", type=Path, help="folder for tables and pictures, for `report`")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="folder for tables and pictures, for `report`")
     for field in fields(Settings):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+        name = f"--{field.name.replace('_', '-')}"
+        text = f"{SETTINGS_HELP[field.name]} (default: %(default)s)"
+        if name in SHARED:
+            parser.add_shared(name, default=field.default, help=text)
+        else:
+            parser.add_argument(name, type=positive_int, default=field.default, help=text)
     return parser
 
 
-def main(argv: list[str] | None = None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
+def work(args: argparse.Namespace) -> Result:
+    """Does what `action` says."""
     if args.action == "report":
         if args.report is None:
-            parser.error("`report` needs --report")
+            raise ValueError("`report` needs --report, which is not given.")
         report(Study.open(args.output, args.seeds), args.report)
-        return
+        return Result("", None)
     if args.model is None or not args.domains:
-        parser.error(f"`{args.action}` needs --model and --domain")
+        raise ValueError(f"`{args.action}` needs --model and --domain, which are not both given.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
@@ -180,7 +197,14 @@ def main(argv: list[str] | None = None):
         print_plan(study, worker)
     else:
         run_study(study, worker, args.keep_models)
+    return Result("", None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see [`modeling_attnres.command_line`]."""
+    parser = build_parser()
+    return run_tool(parser.prog, work, parser.parse_args(argv), interrupted="interrupted; the same command goes on.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

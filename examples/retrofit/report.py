@@ -98,7 +98,7 @@ def arms_table(study: Study) -> list[dict]:
             group = Group.read(study, domain, arm)
             if not group.records:
                 continue
-            nats = group.nats.mean(1) / (study.settings.length - 1)
+            nats = group.nats.mean(1) / (study.settings.tokens - 1)
             records = list(group.records.values())
             row = {"domain": domain, "arm": ARMS[arm].label if arm else "before training"}
             row |= {"parameters": records[0].get("trained_parameters", 0), "rate": records[0].get("rate") or ""}
@@ -121,7 +121,7 @@ def differences_table(study: Study) -> list[dict]:
             variant, baseline = Group.read(study, domain, arm), Group.read(study, domain, base)
             if not variant.records.keys() & baseline.records.keys():
                 continue
-            found = paired(variant, baseline, study.settings.length - 1)
+            found = paired(variant, baseline, study.settings.tokens - 1)
             row = {"domain": domain, "variant": ARMS[arm].label, "minus": ARMS[base].label if base else "before"}
             row["seeds"] = len(variant.records.keys() & baseline.records.keys())
             for name, column in (("nats", "nats per token"), ("bits", "bits per byte"), ("blocks", "over blocks")):
@@ -139,7 +139,7 @@ def sweep_table(study: Study) -> list[dict]:
         chosen = study.chosen_rate(name)
         for rate in arm.rates:
             if record := study.read(sweep_run(study.first_domain, name, rate)):
-                nats = np.mean(record["losses"]) / (study.settings.length - 1)
+                nats = np.mean(record["losses"]) / (study.settings.tokens - 1)
                 row = {"arm": arm.label, "rate": rate, "query rate": record["query_rate"] or ""}
                 rows.append({**row, "validation, nats per token": nats, "chosen": rate == chosen})
     return rows
@@ -147,7 +147,7 @@ def sweep_table(study: Study) -> list[dict]:
 
 def forms_table(study: Study) -> list[dict]:
     """The other forms of AttnRes, at the main form's rates: before training, and paired with the main form."""
-    rows, domain, tokens = [], study.first_domain, study.settings.length - 1
+    rows, domain, tokens = [], study.first_domain, study.settings.tokens - 1
     main = Group.read(study, domain, FORM_ARM)
     for form, (depth_weights, sublayers) in FORMS.items():
         group = Group.read(study, domain, FORM_ARM, form)
@@ -174,7 +174,7 @@ def runs_table(study: Study) -> list[dict]:
             nats = sum(record["losses"])
             row = {"domain": run.domain, "form": run.form, "arm": run.arm or "before training"}
             row |= {"seed": run.seed if run.arm else "", "rate": record.get("rate") or ""}
-            row["nats per token"] = nats / len(record["losses"]) / (study.settings.length - 1)
+            row["nats per token"] = nats / len(record["losses"]) / (study.settings.tokens - 1)
             row["bits per byte"] = nats / math.log(2) / sum(record["num_bytes"])
             rows.append(row)
     return rows
@@ -205,7 +205,7 @@ def draw_differences(study: Study, path: Path):
     figure = new_figure(figsize=(8, 1.2 + 1.6 * len(study.domains)))
     panels = figure.subplots(len(study.domains), 1, squeeze=False, sharex=True)[:, 0]
     pairs = [pair for pair in COMPARISONS if pair[1] and pair[0] != "queries"]
-    tokens = study.settings.length - 1
+    tokens = study.settings.tokens - 1
     for panel, domain in zip(panels, study.domains):
         for place, (arm, base) in enumerate(pairs):
             variant, baseline = Group.read(study, domain, arm), Group.read(study, domain, base)

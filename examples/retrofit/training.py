@@ -22,7 +22,7 @@ class Settings:
 
     steps: int = 40
     batch_size: int = 2
-    length: int = 128
+    tokens: int = 128
     validation_blocks: int = 12
     test_blocks: int = 24
     warmup_steps: int = 4

@@ -21,14 +21,14 @@ from modeling_attnres.eval.tasks import offline
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from retrofit.__main__ import main
+from retrofit.__main__ import build_parser, main, work
 from retrofit.arms import ARMS, count_trained, equal_rank, load_base, prepare
 from retrofit.schedule import Run, Study, form_of, planned, sweep_run, write_json
 from retrofit.texts import cut, load_domain
 from retrofit.training import Settings, block_losses
 
 
-SETTINGS = "--steps 2 --batch-size 2 --length 8 --validation-blocks 2 --test-blocks 3 --warmup-steps 1 --seeds 2"
+SETTINGS = "--steps 2 --batch-size 2 --tokens 8 --validation-blocks 2 --test-blocks 3 --warmup-steps 1 --seeds 2"
 LENGTH = 8
 
 
@@ -59,11 +59,15 @@ def arguments(folder: Path, output: Path, action: str = "run") -> list[str]:
     )
 
 
+def run(argv: list[str]):
+    work(build_parser().parse_args(argv))
+
+
 @pytest.fixture(scope="module")
 def output(folder, tmp_path_factory) -> Path:
     """The whole study, done once."""
     output = tmp_path_factory.mktemp("study")
-    main([*arguments(folder, output), "--keep-models"])
+    run([*arguments(folder, output), "--keep-models"])
     return output
 
 
@@ -78,7 +82,7 @@ def test_every_planned_run_is_done_once(folder, output, capsys):
     assert {path.stem for path in output.glob("runs/*.json")} == set(names)
     times = {path: path.stat().st_mtime_ns for path in output.glob("runs/*.json")}
     capsys.readouterr()
-    main(arguments(folder, output))
+    run(arguments(folder, output))
     assert capsys.readouterr().out == ""
     assert times == {path: path.stat().st_mtime_ns for path in output.glob("runs/*.json")}
 
@@ -87,7 +91,7 @@ def test_a_run_that_was_lost_comes_out_the_same_again(folder, output):
     (path,) = output.glob("runs/words-seeds-sum-8-attnres-lora-1.json")
     before = json.loads(path.read_text())
     path.unlink()
-    main(arguments(folder, output))
+    run(arguments(folder, output))
     after = json.loads(path.read_text())
     assert [after[name] for name in ("losses", "train_losses")] == [
         before[name] for name in ("losses", "train_losses")
@@ -188,7 +192,7 @@ def test_bytes_are_those_of_the_predicted_tokens(folder):
 
 
 def test_the_report_is_about_paired_differences(output, tmp_path, capsys):
-    main(["report", "--output", str(output), "--seeds", "2", "--report", str(tmp_path)])
+    run(["report", "--output", str(output), "--seeds", "2", "--report", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "largest difference of a block's loss before training: 0.0 nats" in printed
     seeds = records(output, "seeds")
@@ -220,7 +224,7 @@ def test_the_report_is_about_paired_differences(output, tmp_path, capsys):
 
 
 def test_the_plan_says_what_is_left(folder, tmp_path, capsys):
-    main(arguments(folder, tmp_path, "plan"))
+    run(arguments(folder, tmp_path, "plan"))
     printed = capsys.readouterr().out
     assert "sweep: 15 runs left" in printed
     assert "hours of CPU time" in printed
@@ -228,14 +232,16 @@ def test_the_plan_says_what_is_left(folder, tmp_path, capsys):
 
 def test_errors_come_before_the_work(folder, output, tmp_path, capsys):
     with pytest.raises(ValueError, match="`--output` must be a new folder or one of the same settings"):
-        main([*arguments(folder, output), "--steps", "3"])
+        run([*arguments(folder, output), "--steps", "3"])
     with pytest.raises(ValueError, match="must match at least 5 text files, got 1"):
-        main([*arguments(folder, tmp_path), "--domain", f"few={folder / 'texts' / '0.txt'}"])
+        run([*arguments(folder, tmp_path), "--domain", f"few={folder / 'texts' / '0.txt'}"])
     with pytest.raises(ValueError, match="must have 20000 blocks to train on"):
-        main([*arguments(folder, tmp_path / "long"), "--steps", "10000"])
+        run([*arguments(folder, tmp_path / "long"), "--steps", "10000"])
     with pytest.raises(ValueError, match=r"without study\.json"):
-        main(["report", "--output", str(tmp_path / "none"), "--report", str(tmp_path)])
-    for wrong in ([*arguments(folder, tmp_path), "--domain", "no-pattern"], ["run", "--output", str(tmp_path)]):
-        with pytest.raises(SystemExit):
-            main(wrong)
+        run(["report", "--output", str(tmp_path / "none"), "--report", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments(folder, tmp_path), "--domain", "no-pattern"])
     assert "`--domain` takes NAME=PATTERN" in capsys.readouterr().err
+    assert main(["run", "--output", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "`run` needs --model and --domain" in line
