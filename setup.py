@@ -83,6 +83,7 @@ setup(
             "attnres-bench=modeling_attnres.eval.bench.cli:main",
             "attnres-inspect=modeling_attnres.eval.inspect_model:main",
             "attnres-eval=modeling_attnres.eval.cli:main",
+            "attnres-prune=modeling_attnres.eval.prune:main",
             "attnres-plan=modeling_attnres.parallel.cli:main",
         ],
     },

@@ -236,7 +236,7 @@ class DepthRead:
         def moved(value):
             return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
 
-        return DepthRead(**{name: moved(value) for name, value in vars(self).items()})
+        return type(self)(**{name: moved(value) for name, value in vars(self).items()})
 
 
 class DepthStream:

@@ -163,8 +163,15 @@ def test_options_of_all_tools_stand_before_or_after_a_command():
     assert not hasattr(parser.parse_args(["go"]), "quiet")
 
 
-def test_there_are_five_tools():
-    assert sorted(TOOLS) == ["attnres-bench", "attnres-convert", "attnres-eval", "attnres-inspect", "attnres-plan"]
+def test_the_tools_that_there_are():
+    assert sorted(TOOLS) == [
+        "attnres-bench",
+        "attnres-convert",
+        "attnres-eval",
+        "attnres-inspect",
+        "attnres-plan",
+        "attnres-prune",
+    ]
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -195,6 +202,7 @@ def test_an_interruption_of_any_tool_is_one_line(name, capsys, monkeypatch):
         "attnres-eval": ["compare", "a", "b"],
         "attnres-inspect": ["a", "--text", "b", "--output", "c"],
         "attnres-plan": ["--preset", "tiny-block"],
+        "attnres-prune": ["a", "b", "--drop", "1", "--text", "c"],
     }[name]
     module = main.__globals__
 

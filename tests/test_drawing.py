@@ -14,11 +14,14 @@ from matplotlib import pyplot
 
 from modeling_attnres.eval.bench.plots import plot_sweep
 from modeling_attnres.eval.bench.timing import Timing
+from modeling_attnres.eval.causal_report import CausalMap, draw_map
 from modeling_attnres.eval.comparison import Comparison, Model, Row, RowKey
 from modeling_attnres.eval.depth_weights import save_depth_heatmap
 from modeling_attnres.eval.dynamics import LayerDynamics, save_dynamics
 from modeling_attnres.eval.forest import forest_plot
 from modeling_attnres.eval.paired import Difference, SeedSpread
+from modeling_attnres.eval.pruning import CHOICES, Cut
+from modeling_attnres.eval.pruning_report import draw_table
 from modeling_attnres.training import plot_metrics
 
 
@@ -62,6 +65,15 @@ def metrics(folder: Path):
     plot_metrics(path, folder / "picture.png")
 
 
+def causal(folder: Path):
+    draw_map(CausalMap(torch.eye(3), torch.eye(3), None, "remove", 1.0), "title", folder / "picture.png")
+
+
+def pruning(folder: Path):
+    cuts = [Cut(choice, 0, (1,), (2.0,), 0.0) for choice in CHOICES]
+    draw_table([Cut("nothing", 0, (), (1.0,), 0.0), *cuts], "layers", folder / "picture.png")
+
+
 def reproduction(folder: Path):
     for name in reproduce.VARIANTS:
         for seed in reproduce.SEEDS:
@@ -75,7 +87,7 @@ def reproduction(folder: Path):
 
 
 @pytest.mark.parametrize("backend", ["svg", "pdf"])
-@pytest.mark.parametrize("draw", [heatmap, dynamics, sweep, forest, metrics, reproduction])
+@pytest.mark.parametrize("draw", [heatmap, dynamics, sweep, forest, metrics, causal, pruning, reproduction])
 def test_drawing_leaves_backend_and_figures(draw, backend, tmp_path):
     before = matplotlib.get_backend()
     matplotlib.use(backend)
@@ -102,9 +114,11 @@ def test_every_drawing_function_is_among_these():
                 drawing.add(path.relative_to(ROOT).as_posix())
     assert drawing == {
         "eval/bench/plots.py",
+        "eval/causal_report.py",
         "eval/depth_weights.py",
         "eval/dynamics.py",
         "eval/forest.py",
+        "eval/pruning_report.py",
         "examples/reproduce.py",
         "training/metrics.py",
     }

@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from tiny_backbones import BACKBONES, NUM_SUBLAYERS, tiny_inputs, tiny_model
+from tiny_backbones import BACKBONES, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
 from modeling_attnres import naive_depth_attention
@@ -43,13 +43,18 @@ def recorded_calls(plain, **inputs) -> list[list[tuple]]:
     return calls
 
 
-def naive_logits(model, plain, input_ids, attention_mask):
+def naive_mix(reader, *arguments):
+    """What sublayer `reader` reads; L is the output mix."""
+    return naive_depth_attention(*arguments)[0]
+
+
+def naive_logits(model, plain, input_ids, attention_mask, mix=naive_mix):
     """Logits `[B, T, V]` without a cache: after every sublayer a mix of all sources, as the paper writes it."""
     depth, config = model.model.depth_attention, model.config
     calls = recorded_calls(plain, input_ids=input_ids, attention_mask=attention_mask)
     sources = [plain.model.embed_tokens(input_ids)]
     hidden_states = sources[0]
-    for sublayer in range(NUM_SUBLAYERS):
+    for sublayer in range(config.num_sublayers):
         parts = calls[sublayer // 2]
         (norm, *_), (part, args, kwargs) = parts[2 * (sublayer % 2)], parts[2 * (sublayer % 2) + 1]
         output = part(norm(hidden_states), *args, **kwargs)
@@ -58,9 +63,8 @@ def naive_logits(model, plain, input_ids, attention_mask):
             sources.append(output)
         else:
             sources[-1] = sources[-1] + output
-        hidden_states, _ = naive_depth_attention(
-            torch.stack(sources), depth.query[sublayer], depth.key_norm[sublayer], depth.eps, config.depth_weights
-        )
+        query, key_norm = depth.query[sublayer], depth.key_norm[sublayer]
+        hidden_states = mix(sublayer + 1, torch.stack(sources), query, key_norm, depth.eps, config.depth_weights)
     return plain.lm_head(plain.model.norm(hidden_states))
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_backbones import VOCAB_SIZE, tiny_backbone, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from words import random_text, word_tokenizer
 
+from modeling_attnres.eval.ablation import connections
+from modeling_attnres.eval.causal import causal_effects, causal_estimates
 from modeling_attnres.eval.dynamics import measure_dynamics
 from modeling_attnres.eval.inspect_model import main, read_sequences
 
@@ -20,17 +22,13 @@ from modeling_attnres.eval.inspect_model import main, read_sequences
 def folder(tmp_path_factory):
     """An AttnRes model, a PreNorm model, both with a tokenizer of single words, and a text."""
     folder = tmp_path_factory.mktemp("inspect")
-    words = [f"w{index}" for index in range(VOCAB_SIZE)]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+    tokenizer = word_tokenizer()
     tiny_model("llama", 2).save_pretrained(folder / "attnres")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_backbone("llama")).save_pretrained(folder / "prenorm")
     for name in ("attnres", "prenorm"):
         tokenizer.save_pretrained(folder / name)
-    ids = torch.randint(0, VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(2)).tolist()
-    (folder / "text.txt").write_text(" ".join(words[index] for index in ids))
+    (folder / "text.txt").write_text(random_text())
     return folder
 
 
@@ -80,6 +78,96 @@ def test_bad_requests_end_in_one_line(folder, tmp_path, capsys, extra, message):
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
     assert re.search(message, error)
+
+
+def test_what_every_connection_is_worth(folder, tmp_path, capsys):
+    extra = ["--sequences", "2", "--tokens", "8", "--causal", "--estimate", "--json"]
+    assert inspect(folder, tmp_path, "attnres", extra=extra) == 0
+    summary = json.loads(capsys.readouterr().out)["attnres"]["causal"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "attnres")
+    words = (folder / "text.txt").read_text().split()[:16]
+    ids = torch.tensor([int(word[1:]) for word in words]).view(2, 8)
+    (effects, loss), estimates = causal_effects(model, ids), causal_estimates(model, ids)
+    with (tmp_path / "causal.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert header == ["sublayer", "source", "weight", "effect", "estimate"]
+    assert rows[0] == ["0", "0", "1.000000", "", ""]
+    assert [(int(row[0]), int(row[1])) for row in rows[1:]] == connections(model.config)
+    weights = model(ids, output_depth_weights=True).depth_weights
+    for sublayer, source, weight, effect, estimate in rows[1:]:
+        place = int(sublayer), int(source)
+        assert float(weight) == pytest.approx(weights[place[0]][..., place[1]].mean().item(), abs=2e-6)
+        assert float(effect) == pytest.approx(effects[place].item(), abs=1e-5)
+        assert float(estimate) == pytest.approx(estimates[place].item(), abs=1e-5)
+    assert summary["ablate"] == "remove"
+    assert summary["loss"] == pytest.approx(loss, abs=1e-5)
+    assert list(summary["rank_correlation"]) == ["weight_effect", "weight_estimate", "estimate_effect"]
+    assert summary["rank_correlation"]["weight_effect"]["pairs"] == len(connections(model.config))
+    assert {"causal.png", "depth_weights.png"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_some_connections_of_two_models_set_back_to_plain(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "in")
+    for name, query_std in (("a", 0.5), ("zero", 0.0)):
+        shutil.copytree(folder / "attnres", tmp_path / "in" / name)
+        tiny_model("llama", 4, "sum", query_std=query_std).save_pretrained(tmp_path / "in" / name)
+    extra = [
+        "--sequences",
+        "1",
+        "--tokens",
+        "8",
+        "--causal",
+        "--ablate",
+        "plain",
+        "--connections",
+        "8:2",
+        "3:0",
+        "4:1",
+    ]
+    assert inspect(tmp_path / "in", tmp_path / "out", "a", "zero", extra=extra) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"a: rank correlation of weight and effect: [+-]\d.*3 connections", printed)
+    assert "zero: rank correlation of weight and effect: none, one of them is the same everywhere" in printed
+    for name in ("a", "zero"):
+        with (tmp_path / "out" / f"causal-{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        effects = {(row["sublayer"], row["source"]): float(row["effect"]) for row in rows if row["effect"]}
+        assert set(effects) == {("3", "0"), ("4", "1"), ("8", "2")}
+        assert not any(row["estimate"] for row in rows)
+        assert any(effects.values()) == (name == "a")  # a weight that is 1 is not changed, bit for bit
+        assert (tmp_path / "out" / f"causal-{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "message"),
+    [
+        ("prenorm", ["--causal"], "MODEL .*prenorm: `model` must have attention over depth, got one of type 'llama'"),
+        ("attnres", ["--causal", "--ablate", "plain"], "MODEL .*attnres: `ablate='plain'` .* got a model with 'mean'"),
+        ("attnres", ["--estimate", "--ablate", "plain"], "MODEL .*attnres: `ablate='plain'` .* a model with 'mean'"),
+        ("attnres", ["--causal", "--connections", "2:5"], "Sublayer 2 has the sources 0 to 1, got \\(2, 5\\)"),
+        (
+            "attnres",
+            ["--causal", "--connections", "99:0"],
+            "must be from 1 to 8 \\(the output mix\\), got \\(99, 0\\)",
+        ),
+        ("attnres", ["--causal", "--connections", "0:0"], "Sublayer 0 reads the embedding alone"),
+        ("attnres", ["--connections", "2:0"], "`--connections` goes with --causal"),
+        ("attnres", ["--ablate", "remove"], "`--ablate` goes with --causal or --estimate"),
+    ],
+)
+def test_what_has_no_effects_is_refused_before_work(folder, tmp_path, capsys, model, extra, message):
+    assert inspect(folder, tmp_path / "out", model, extra=["--tokens", "8", *extra]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"attnres-inspect: error: .*{message}", line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_connection_that_is_no_pair_is_refused(folder, capsys):
+    for wrong in ("3", "3:", "a:b", "3:-1"):
+        with pytest.raises(SystemExit) as exit_code:
+            main([str(folder / "attnres"), "--text", "x", "--output", "y", "--causal", "--connections", wrong])
+        assert exit_code.value.code == 2
+        assert f"must be SUBLAYER:SOURCE, such as 5:0, got '{wrong}'" in capsys.readouterr().err
 
 
 def no_text(folder):
