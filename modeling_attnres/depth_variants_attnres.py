@@ -119,7 +119,7 @@ def scores_per_head(query: torch.Tensor, values: torch.Tensor, norm_floor: torch
 def input_dependent_scores(projection: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:
     """`w_l = W_l RMSNorm_l(v_n)`: the query is projected `[D, D]` from the most recent source, token by token."""
     normed = values / source_norm(values, norm_floor)
-    return (normed @ projection * normed[-1]).sum(-1)
+    return (normed * (normed[-1] @ projection.mT)).sum(-1)
 
 
 def learned_scalars(scalars: torch.Tensor, values: torch.Tensor, norm_floor: torch.Tensor) -> torch.Tensor:

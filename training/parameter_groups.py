@@ -45,7 +45,8 @@ def attnres_parameter_groups(
         model: a model with depth attention, as it is or wrapped by PEFT, DDP, FSDP2 or `torch.compile`.
         lr: learning rate of the backbone, or of its adapter.
         query_lr: learning rate of the queries and key norms. The default suits fine-tuning with Adam. Pretraining from
-            scratch may use `lr` for both, as in the paper.
+            scratch may use `lr` for both, as in the paper; the projections of an input-dependent query want a quarter
+            of it or less, since one Adam step moves a score by up to `D * D` times the rate.
         weight_decay: of the matrices outside depth attention.
 
     Returns:
