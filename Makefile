@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench lint wheel clean
+.PHONY: install demo test test-slow test-kernels test-vllm test-matrix test-oldest bench lint types wheel package clean
 
 install: .venv/installed
 
@@ -59,8 +59,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The modules that users import from: pyproject.toml lists them.
+types: install
+	$(BIN)/python -m mypy
+
 wheel: install
 	$(BIN)/python -m build --wheel --outdir build/wheel
+
+# Source distribution, the wheel made of it, and that wheel without any extra in an environment of its own.
+package: install
+	$(BIN)/python -m pytest -m slow tests/test_package.py
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -42,15 +42,20 @@ EXTRAS = {
 EXTRAS["dev"] = sorted({requirement for requirements in EXTRAS.values() for requirement in requirements}) + [
     "build>=1.2",
     "cloudpickle>=3",
+    "compressed-tensors>=0.20",
+    "mypy>=2.4",
     "onnx>=1.21",
     "onnxruntime>=1.27",
     "onnxscript>=0.7",
+    "optimum-quanto>=0.2.7",
     "parameterized>=0.9",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
     "setuptools>=77",
     "torchao>=0.18",
+    "twine>=7",
+    "types-PyYAML>=6",
 ]
 # Not in "dev": 200 MB that nothing but the kernels' own tests needs.
 EXTRAS["triton"] = ["triton>=3.5,<4; platform_system == 'Linux'"]
@@ -65,7 +70,7 @@ setup(
     python_requires=">=3.11",
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
-    package_data={"": ["*.json", "*.jsonl", "*.yaml", "*_yaml", "*.md", "*.txt"]},
+    package_data={"": ["*.json", "*.jsonl", "*.yaml", "*_yaml", "*.md", "*.txt", "py.typed"]},
     install_requires=[
         # The lower ends were run together: docs/versions.md says what works with them.
         "torch>=2.9,<3",

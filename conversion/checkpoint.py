@@ -7,7 +7,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +74,7 @@ class StoredTensor:
         data = torch.empty(self.num_bytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
             file.seek(self.offset)
-            if file.readinto(data.numpy()) != self.num_bytes:
+            if file.readinto(data.numpy().data) != self.num_bytes:
                 raise CheckpointError(f"{self.file}: ends inside tensor '{self.name}'.")
         return data.view(self.dtype).view(self.shape)
 
@@ -113,7 +113,7 @@ class Checkpoint:
 
     folder: Path
     config: dict[str, Any]
-    shards: dict[Path, list[StoredTensor | PickledTensor]]
+    shards: Mapping[Path, Sequence[StoredTensor | PickledTensor]]
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor | PickledTensor]:
@@ -278,7 +278,7 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_shards(folder: Path, shards: dict[Path, list], index: dict[str, str] | None):
+def _check_shards(folder: Path, shards: Mapping[Path, Sequence], index: dict[str, str] | None):
     homes: dict[str, str] = {}
     for file, tensors in shards.items():
         for tensor in tensors:

@@ -11,6 +11,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,18 +91,19 @@ def convert(
         if not str(path) or "\0" in str(path):
             raise ConversionError(f"`{name}` must be a path, got {str(path)!r}.")
     out = _output_path(out)
-    dtype = _check_arguments(dtype, to, dialect, drop_keys, num_blocks, sublayers_per_block, depth_weights)
+    cast_to = _check_arguments(dtype, to, dialect, drop_keys, num_blocks, sublayers_per_block, depth_weights)
     local = Path(source) if Path(source).exists() else None
     check_output(out, local if local is not None and local.is_dir() else None, overwrite)
     with workspace(out) as work:
-        fetched = fetch_source(source, work, dtype, revision)
+        fetched = fetch_source(source, work, cast_to, revision)
         folder = fetched.folder
         origin = read_source(folder, dialect, drop_keys)
         config = build_attnres_config(origin, num_blocks, sublayers_per_block, depth_weights)
         check_target(origin, to, config)
         model = check_backbone_tensors(origin, config)
         tokens = _check_inputs(fetched, config, check_text) if check else {}
-        shards, config.dtype = plan_weights(origin, to, model, dtype)
+        shards, result_dtype = plan_weights(origin, to, model, cast_to)
+        config.dtype = result_dtype
         report = _report(origin, to, config, shards, source_name=_name(source), out_name=out.name)
         report.base_model, report.revision = fetched.repo_id, fetched.revision
         check_space(work, report.weight_bytes + companion_bytes(folder))
@@ -113,13 +115,13 @@ def convert(
         result.mkdir()
         write_shards(result, shards)
         if to == ATTNRES:
-            write_unread(result, origin, dtype)
+            write_unread(result, origin, cast_to)
         defaults = origin.text_config if origin.kind in DIALECTS else origin.checkpoint.config
         copy_companions(folder, result, defaults, keep_card=to == ATTNRES and origin.kind != ATTNRES)
-        write_config(result, origin, to, config, model, dtype)
+        write_config(result, origin, to, config, model, cast_to)
         report.tokenizer = _keep_tokenizer(fetched, result)
         if check:
-            _check(fetched, origin, result, to, config, tokens, report)
+            _check(fetched, origin, result, to, config, result_dtype, tokens, report)
         else:
             report.check = "Skipped on request (`--no-check`)."
         report.written, report.seconds = True, round(time.monotonic() - started, 2)
@@ -194,7 +196,7 @@ def _report(source: Source, to: str, config: AttnResConfig, shards: list[OutputS
         target=to,
         model_type=config.text_config.model_type,
         num_sublayers=config.num_sublayers,
-        sublayers_per_block=config.sublayers_per_block,
+        sublayers_per_block=cast(int, config.sublayers_per_block),  # `None` until the config is made
         num_blocks=config.num_blocks,
         depth_weights=config.depth_weights,
         queries_are_zero=source.queries_are_zero,
@@ -236,6 +238,7 @@ def _check(
     result: Path,
     to: str,
     config: AttnResConfig,
+    dtype: torch.dtype,
     tokens: dict[str, torch.Tensor],
     report: ConversionReport,
 ):
@@ -244,14 +247,14 @@ def _check(
     written = read_source(result)
     if written.kind != to:
         raise ParityError(f"The result reads back as {written.kind!r} where {to!r} is due.")
-    compare_sources(source, written, config, cast_to=config.dtype)
+    compare_sources(source, written, config, cast_to=dtype)
     if KIMI_K3.name in (source.kind, to):
         compare_backbones(source.text_config, written.text_config)
     tensors = "Every tensor of source and result was read back and compared bit for bit"
     if source.kind in DIALECTS or to in DIALECTS:
         ours = result if to == ATTNRES else source.checkpoint.folder
         if to == ATTNRES or source.kind == ATTNRES:
-            check_finite(logits_of(ours, config.dtype, AttnResForCausalLM, tokens, scratch)[0])
+            check_finite(logits_of(ours, dtype, AttnResForCausalLM, tokens, scratch)[0])
         report.check = (
             f"{tensors}, and the blocks and conventions with them. Logits were not compared: no library runs both."
         )
@@ -261,8 +264,8 @@ def _check(
         for is_attnres in (source.attnres is not None, to == ATTNRES)
     )
     place, keywords = fetched.location
-    before, how = logits_of(place, config.dtype, source_class, tokens, scratch, **keywords)
-    after, _ = logits_of(result, config.dtype, result_class, tokens, scratch)
+    before, how = logits_of(place, dtype, source_class, tokens, scratch, **keywords)
+    after, _ = logits_of(result, dtype, result_class, tokens, scratch)
     report.parity = {name: compare_logits(before[name], after[name]).to_dict() for name in tokens}
     report.check = f"{tensors}. Source and result were loaded in {report.dtype}, {how}, and their logits compared."
     if _must_be_exact(source, to, config) and report.max_logit_difference != 0.0:

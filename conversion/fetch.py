@@ -42,7 +42,7 @@ class FetchedSource:
     gguf_file: Path | None = None
 
     @property
-    def location(self) -> tuple[str | Path, dict[str, Any]]:
+    def location(self) -> tuple[Path, dict[str, Any]]:
         """What the library's `from_pretrained` takes to read the source itself: a place and keywords."""
         if self.gguf_file is not None:
             return self.gguf_file.parent, {"gguf_file": self.gguf_file.name}

@@ -68,7 +68,7 @@ def _open(file: Path) -> Any:
         from gguf import GGUFReader  # an extra: whoever converts no GGUF files does without
     except ImportError as error:
         raise ConversionError(
-            f"Reading {file} needs the `gguf` package: pip install 'modeling-attnres[gguf]'."
+            f'Reading {file} needs the `gguf` package: pip install "modeling-attnres[gguf]".'
         ) from error
     try:
         return GGUFReader(file)

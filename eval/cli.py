@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from modeling_attnres.command_line import Result, ToolParser, positive_int, run_tool
+from modeling_attnres.command_line import Result, ToolParser, positive_int, require, run_tool
 
 from . import run
 
@@ -72,8 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(args: argparse.Namespace) -> Result:
         if args.command == "run":
+            require("eval", "lm_eval")
             results = run.run(args.model, args.output, run.lm_eval_options(args, others))
             return Result(f"results and samples: {args.output}" if results else "", results)
+        require("eval", "scipy", "statsmodels", *(["matplotlib"] if args.plot else []))
         from . import compare
 
         return compare.compare(args)

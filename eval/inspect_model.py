@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.utils import logging
 
 from modeling_attnres import AttnResConfig
-from modeling_attnres.command_line import DTYPES, Result, ToolParser, run_tool, whole_number
+from modeling_attnres.command_line import DTYPES, Result, ToolParser, require, run_tool, whole_number
 
 from .ablation import ABLATIONS, Connection, check_ablation, check_gates
 from .causal import causal_effects, causal_estimates
@@ -255,6 +255,7 @@ def save(found: Measured, folder: Path) -> dict[str, dict]:
 def run(args: argparse.Namespace) -> Result:
     """Inspects every model, writes pictures and tables, and gives the numbers that sum them up, by model."""
     logging.set_verbosity_error()
+    require("eval", "matplotlib")
     names = args.names or [Path(model).resolve().name for model in args.models]
     check_names(names, args.models)
     with outputs() as making:

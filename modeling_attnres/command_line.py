@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -148,6 +149,23 @@ class ToolParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_USE, f"{self.prog}: error: {message}; usage: {self.prog} --help\n")
+
+
+# --- Optional packages -----------------------------------------------------------------------------------------------
+
+
+def require(extra: str, *modules: str):
+    """Checks, before work starts, that the packages of an extra are there.
+
+    Args:
+        extra: as `pip install "modeling-attnres[extra]"` names it.
+        modules: top-level modules that the work imports.
+
+    Raises:
+        ImportError: if one is missing, with the command that installs it.
+    """
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise ImportError(f'{", ".join(missing)} must be installed: pip install "modeling-attnres[{extra}]".')
 
 
 # --- Run -------------------------------------------------------------------------------------------------------------

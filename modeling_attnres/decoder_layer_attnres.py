@@ -17,7 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .compat_attnres import CACHE
-from .depth_attention_attnres import DepthStream, State
+from .depth_attention_attnres import DepthRead, DepthStream, State
 
 
 # What the model's loop hands to every decoder layer; a backbone that feeds its layers anything else is refused.
@@ -90,6 +90,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             reads = depth.read_again(*again, first=2 * self.layer_idx)
         state = depth.outward(tensors)
         mixer_read, feed_forward_read = reads
+        if not torch.compiler.is_compiling():  # code compiled for one layer serves all of them
+            self._check_call(depth, mixer_read, state)
 
         mixer_norm, feed_forward_norm = getattr(self, self.plan.mixer_norm), getattr(self, self.plan.feed_forward_norm)
         mixer_input, normed, mixer_found = depth.mix_and_norm(mixer_read, mixer_norm, state)
@@ -111,6 +113,22 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
                 depth.mix_weights(feed_forward_read, feed_forward_found),
             )
         return *depth.outward(state), mixer_input, *weights
+
+    def _check_call(self, depth: DepthStream, read: Any, state: State):
+        """Raises `ValueError` if `read` is another layer's, or `state` is not whole.
+
+        Code that calibrates layer by layer (GPTQ) calls layers with what it caught of the model's own calls.
+        """
+        if not isinstance(read, DepthRead):  # of a stream that keeps its state to itself
+            return
+        num_tensors = depth.form.anchored + (not self.mixer_starts_block)
+        if read.sublayer != 2 * self.layer_idx or len(state) != num_tensors:
+            raise ValueError(
+                f"Decoder layer {self.layer_idx} must be called by its model, which hands it the {num_tensors} tensors of "
+                f"the depth state and what its own queries found; got {len(state)}, and what those of layer "
+                f"{read.sublayer // 2} found. Layers of depth attention cannot be run one by one, as calibrated quantization "
+                "does; quantize without calibration."
+            )
 
     def _mix_tokens(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Calls the token mixer with the arguments its own layer would give it."""

@@ -225,12 +225,15 @@ class DepthRead:
         offset: `[B, T, 1]`, what puts the scores of later sources on the scale of the row, in at least fp32.
         scores: `[n, R, B, T]`, the scores of the whole group, in at least fp32.
         position: which of the R queries this is.
+        sublayer: the sublayer that it is for.
         norm_floor: see [`DepthAttention`].
     """
 
-    def __init__(self, query, query_parts, row, offset, scores, position: int, norm_floor: torch.Tensor):
+    def __init__(
+        self, query, query_parts, row, offset, scores, position: int, sublayer: int, norm_floor: torch.Tensor
+    ):
         self.query, self.query_parts, self.row, self.offset = query, query_parts, row, offset
-        self.scores, self.position, self.norm_floor = scores, position, norm_floor
+        self.scores, self.position, self.sublayer, self.norm_floor = scores, position, sublayer, norm_floor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "DepthRead":
         def moved(value):
@@ -380,7 +383,10 @@ class DepthStream:
         if self.query_parts is not None:
             parts = self.query_parts[first : first + len(queries)].to(queries.device).unbind(0)
         of_reads = zip(queries.unsqueeze(-1).unbind(0), parts, rows, offset.unsqueeze(-1).unbind(0))
-        return [DepthRead(*of_read, scores, position, norm_floor) for position, of_read in enumerate(of_reads)]
+        return [
+            DepthRead(*of_read, scores, position, first + position, norm_floor)
+            for position, of_read in enumerate(of_reads)
+        ]
 
     # --- Phase 2
 

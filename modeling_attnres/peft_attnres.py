@@ -10,7 +10,7 @@ try:
     from peft import LoraConfig
     from peft.utils import constants
 except ImportError:
-    LoraConfig = constants = None
+    LoraConfig = constants = None  # type: ignore[assignment, misc]
 
 
 # What PEFT adapts in a Llama, and the same part of a layer in other backbones: separate, fused, with latent attention

@@ -20,6 +20,7 @@ from modeling_attnres.command_line import (
     available_device,
     dtype_name,
     positive_number,
+    require,
     run_tool,
     whole_number,
 )
@@ -218,3 +219,12 @@ def test_an_interruption_of_any_tool_is_one_line(name, capsys, monkeypatch):
 def test_json_is_json(capsys):
     assert TOOLS["attnres-plan"].load()(["--preset", "tiny-block", "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["num_layers"] == 4
+
+
+def test_a_missing_extra_is_named_before_work(capsys):
+    def work(arguments):
+        require("eval", "json", "no_such_package", "no_such_other")
+
+    assert run_tool("tool", work, argparse.Namespace()) == 2
+    expected = 'tool: error: no_such_package, no_such_other must be installed: pip install "modeling-attnres[eval]".\n'
+    assert capsys.readouterr().err == expected

@@ -8,6 +8,7 @@ backbone is fine-tuned at 2e-5 and LoRA at 2e-4 and more: no one rate fits both.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def attnres_parameter_groups(
     if not any(_DEPTH_ATTENTION.search(name) for name, _ in named):
         raise ValueError(f"`model` must have depth attention, got a {type(model).__name__} without.")
 
-    parameters = {"decay": [], "no_decay": [], "depth_attention": []}
+    parameters: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "depth_attention": []}
     for name, parameter in named:
         if parameter.requires_grad:
             parameters[_group_of(name, parameter)].append(parameter)
@@ -99,7 +100,7 @@ class AttnResOptimizerFactory:
     def __call__(
         self,
         model: nn.Module,
-        optimizer_class: type[torch.optim.Optimizer],
+        optimizer_class: Callable[..., torch.optim.Optimizer],
         query_lr: float,
         weight_decay: float,
         lr: float,

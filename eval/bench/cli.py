@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from transformers.utils import logging
 
-from modeling_attnres.command_line import DTYPES, Result, ToolParser, positive_int, run_tool
+from modeling_attnres.command_line import DTYPES, Result, ToolParser, positive_int, require, run_tool
 
 from ..outputs import check_folder
 from .clocks import clock_for
@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> Result:
     torch.set_num_threads(arguments.threads)
     _check(arguments)
     if arguments.output is not None:
+        if arguments.published is not None and "mixer" in (arguments.published or GROUPS):
+            require("eval", "matplotlib")
         check_folder(arguments.output, "--output")
     if arguments.gpu_day:
         day = Day(torch.device("cuda"), clock_for("cuda"))
