@@ -5,7 +5,10 @@
 import csv
 import json
 import math
+import re
+import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_attnres import AttnResForCausalLM
+from modeling_attnres.conversion.cli import build_parser as convert_parser
 from modeling_attnres.eval.tasks import offline
 
 
@@ -228,6 +232,19 @@ def test_the_plan_says_what_is_left(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "sweep: 15 runs left" in printed
     assert "hours of CPU time" in printed
+
+
+def test_the_commands_of_the_page_are_understood():
+    page = (Path(__file__).parents[2] / "docs" / "evidence.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m examples\.retrofit (.+)$", page, re.MULTILINE)
+    parsed = [build_parser().parse_args(shlex.split(command)) for command in commands]
+    assert [args.action for args in parsed] == ["run", "report"]
+    assert [name for name, _ in parsed[0].domains] == ["shakespeare", "django"]
+    assert parsed[0].seeds == 5
+    assert Settings() == Settings(**{field.name: getattr(parsed[0], field.name) for field in fields(Settings)})
+    converted, plain = re.findall(r"^attnres-convert (build/.+)$", page, re.MULTILINE)
+    assert convert_parser().parse_args(shlex.split(converted)).out == "build/smollm2-attnres"
+    assert convert_parser().parse_args(shlex.split(plain)).out == str(parsed[0].model)
 
 
 def test_errors_come_before_the_work(folder, output, tmp_path, capsys):
