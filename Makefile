@@ -2,8 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow test-kernels test-page test-vllm test-matrix test-oldest bench backbones docs
-.PHONY: lint types wheel package clean
+.PHONY: install demo test test-slow test-kernels test-page test-vllm test-matrix test-oldest bench backbones docs lint types wheel package clean
 
 install: .venv/installed
 

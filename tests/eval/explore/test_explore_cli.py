@@ -81,7 +81,7 @@ def test_a_missing_extra_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main([str(folder / "attnres")]) == 2
     assert capsys.readouterr().err == (
-        "attnres-explore: error: The page needs Gradio: pip install 'modeling-attnres[explore]'.\n"
+        'attnres-explore: error: gradio must be installed: pip install "modeling-attnres[explore]".\n'
     )
 
 
