@@ -6,6 +6,7 @@ What the page shows is compared with what [`Explorer`] computes from the same ch
 """
 
 import csv
+import functools
 import io
 import os
 import re
@@ -55,7 +56,10 @@ def environment() -> dict[str, str]:
 def address(checkpoint):
     """Where the tool serves its page; at the end it is interrupted, as by Ctrl-C."""
     command = [*TOOL, str(checkpoint), "--port", str(free_port()), "--max-tokens", str(MAX_TOKENS)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background job, which this may run in, ignores SIGINT, and so would its children.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=environment(), preexec_fn=heeds, **pipes)
     line = process.stdout.readline()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/ \(Ctrl-C ends it\)\n", line), process.communicate(timeout=60)
     yield line.split()[0]
