@@ -130,8 +130,8 @@ class GatedStream(DepthStream):
         super().__init__(*args, **kwargs)
         self.gates, self.ablate = gates, ablate
 
-    def _as_reads(self, first: int, *found) -> list[DepthRead]:
-        reads = super()._as_reads(first, *found)
+    def read_again(self, *found: torch.Tensor, first: int) -> list[DepthRead]:
+        reads = super().read_again(*found, first=first)
         return [GatedRead(self.gates.get(sublayer), **vars(read)) for sublayer, read in enumerate(reads, first)]
 
     def mix(self, read: GatedRead, *state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -144,7 +144,7 @@ class GatedStream(DepthStream):
     def _gated(self, mix: torch.Tensor, read: GatedRead, sources: torch.Tensor) -> torch.Tensor:
         """The mix of `sources` `[n, B, T, D]` with gates, in place of `mix` `[B, T, D]`; computed as it is written."""
         values = sources.to(read.query.dtype)
-        scores = normed_scores(read.query.squeeze(-1), values, read.norm_floor)
+        scores = normed_scores(read.query.squeeze(0), values, read.norm_floor)
         if self.ablate == "plain":
             # What a weight is beyond 1, exactly 0 where all scores are equal: the mix then stays what it is, bit for bit.
             beyond, _ = self.form.phase_one(scores)

@@ -17,7 +17,6 @@ boundary, `close` fills the cache of block summaries. What to run is decided in 
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,8 +24,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .block_summaries_attnres import ANY_DEVICE, BankPlan, BlockSummaries, rows_of_sources, weighted_sum
-from .depth_launch_attnres import available
+from .block_summaries_attnres import ANY_DEVICE, BankPlan, BlockSummaries, weighted_sum
+from .depth_launch_attnres import runs_kernels
 from .depth_weights_attnres import (
     Form,
     accumulation_dtype,
@@ -103,8 +102,6 @@ MAX_GROUP_SUBLAYERS = 8
 MANY_TOKENS, MANY_HALF_TOKENS = 1024, 128
 # ...from products over so many tokens, which stay in its cache until then.
 TOKENS_AT_ONCE = 64
-# Tensors this large are mapped into memory on every allocation, which costs more than filling them.
-REUSED_BYTES = 2**24
 # Up to so many tokens a single pass over all sources takes less time than two phases: it moves more bytes in fewer
 # calls. A processor soon pays for the bytes, other devices longer for the calls.
 MAX_DECODE_TOKENS, MAX_DECODE_TOKENS_ON_CPU = 128, 32
@@ -150,12 +147,7 @@ def plan_depth(embedding: torch.Tensor, num_sublayers: int, sublayers_per_block:
     batch, tokens, _ = embedding.shape
     if device == "cpu":
         many = MANY_HALF_TOKENS if embedding.element_size() == 2 else MANY_TOKENS
-        laid_out = batch * tokens >= many
-        group_bytes = MAX_GROUP_SUBLAYERS * embedding.numel() * embedding.element_size()
-        bank = BankPlan(
-            tokens_at_once=TOKENS_AT_ONCE if laid_out else None,
-            reuses_rows=laid_out and not gradients and group_bytes >= REUSED_BYTES,
-        )
+        bank = BankPlan(tokens_at_once=TOKENS_AT_ONCE if batch * tokens >= many else None)
     else:
         # Fast products of half precision need addresses of 16 bytes.
         in_half = dtype == torch.bfloat16 and multiplies_into_fp32(device)
@@ -176,19 +168,6 @@ def plan_depth(embedding: torch.Tensor, num_sublayers: int, sublayers_per_block:
     if kernels and one_pass:
         bank = replace(bank, floor_channels=0)
     return DepthPlan(kernels, one_pass, files_outputs, True, bank)
-
-
-def runs_kernels(like: torch.Tensor, num_sources: int, num_rows: int) -> bool:
-    """Whether a forward over `like` `[B, T, D]` runs kernels: see [`plan_depth`]."""
-    asked = os.environ.get("ATTNRES_KERNELS", "auto")
-    if asked not in ("auto", "off", "on"):
-        raise ValueError(f"`ATTNRES_KERNELS` must be one of 'auto', 'off' and 'on', got {asked!r}.")
-    if asked == "off" or (asked == "auto" and like.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
-        return False
-    reason = available(like.device, like.dtype, like.shape[-1], num_sources, num_rows)
-    if reason and asked == "on":
-        raise ValueError(f"`ATTNRES_KERNELS=on` asks for kernels, which cannot run here: {reason}.")
-    return reason is None
 
 
 def sublayer_groups(num_sublayers: int, sublayers_per_block: int) -> list[tuple[int, int]]:
@@ -219,7 +198,7 @@ class DepthRead:
     Accelerate moves what has a `to` with a layer's other inputs.
 
     Args:
-        query: `[D, 1]`, its folded query, in at least fp32.
+        query: `[1, D]`, its folded query, in at least fp32.
         query_parts: `[3, D]`, the same in bf16 parts, or `None`, see [`split_queries`].
         row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1; `None` for a sum known to be zero.
         offset: `[B, T, 1]`, what puts the scores of later sources on the scale of the row, in at least fp32.
@@ -274,10 +253,11 @@ class DepthStream:
         sublayers: tuple[int, int] | None = None,
     ):
         self.form, self.queries, self.norm_floor, self.bank, self.plan = form, queries, norm_floor, bank, plan
-        self.query_parts = split_queries(queries) if plan.bank.in_half else None
+        self.query_parts = split_queries(queries) if plan.bank.in_half and not plan.one_pass else None
         self.sublayers_per_block = sublayers_per_block
         self.num_sublayers = len(queries) - 1
         self.first, self.last = sublayers or (0, self.num_sublayers)
+        self.output_in_group = sublayers_per_block % 2 == 0
         self.groups = self._groups()
         # One past the last query that reads sources here: the output mix follows the last sublayer of the model.
         self.num_readers = self.last + (self.last == self.num_sublayers)
@@ -317,22 +297,13 @@ class DepthStream:
 
     def read(self, first: int, last: int) -> list[DepthRead]:
         """Phase 1 for the sublayers `[first, last)`."""
-        if last == self.num_sublayers and self.sublayers_per_block % 2 == 0:
-            # The output mix meets the same sources and one recent one: it is one more row of the last group.
-            *reads, self.output_read = self._read(first, last + 1)
-            return reads
-        return self._read(first, last)
-
-    def _read(self, first: int, last: int) -> list[DepthRead]:
-        queries, scores = self.queries[first:last], self.score(first, last)
-        if len(self.sources) == 1:
-            # Not the bank's copy: a mix handed to the user must outlive the bank's next use.
-            row, offset = self.form.one_source(self.embedding, scores[0])
-            rows = [row] * len(queries)
-        else:
-            weights, offset = phase_one_weights(scores, self.form)
-            rows = self._sum_rows(weights).unbind(0)
-        return self._as_reads(first, queries, rows, offset, scores)
+        # Where the output mix meets the same sources and at most one more, it is one more row of the last group.
+        with_output = last == self.num_sublayers and self.output_in_group
+        readers = slice(first, last + with_output)
+        reads = self.read_again(self.queries[readers], self.score(readers.start, readers.stop), first=first)
+        if with_output:
+            *reads, self.output_read = reads
+        return reads
 
     def inputs_again(self, first: int) -> tuple[torch.Tensor, ...]:
         """All that has a gradient and that [`read_again`] wants for the decoder layer of sublayer `first`."""
@@ -342,51 +313,47 @@ class DepthStream:
     def read_again(
         self, queries: torch.Tensor, scores: torch.Tensor, *sources: torch.Tensor, first: int
     ) -> list[DepthRead]:
-        """Phase 1 in a layer that is run again in backward, which is handed all that has a gradient.
+        """Phase 1 for sublayers from `first` on; a layer that is run again in backward is handed all that has a gradient.
 
         Args:
-            queries: `[R, D]`, the layer's folded queries, from sublayer `first` on.
+            queries: `[R, D]`, the folded queries.
             scores: `[n, R, B, T]`, from [`score`].
-            sources: all n finished sources `[B, T, D]`.
+            sources: all n finished sources `[B, T, D]`, in a layer that is run again.
         """
-        if len(sources) == 1:
-            row, offset = self.form.one_source(sources[0], scores[0])
-            rows = [row] * len(queries)
+        if len(scores) == 1:
+            # Not the bank's copy: a mix handed to the user must outlive the bank's next use.
+            source = sources[0] if sources else self.embedding
+            rows = [None if self.form.anchored else source] * len(queries)
+            offset = scores[0] / -self.form.offset_slope
         else:
-            weights, offset = phase_one_weights(scores, self.form)
-            if self.plan.uses_bank:
-                rows = rows_of_sources(weights, sources[0], self.bank, sources).unbind(0)
-            else:
-                rows = weighted_sum(weights.to(sources[0].dtype), torch.stack(sources)).unbind(0)
-        return self._as_reads(first, queries, rows, offset, scores)
+            rows, offset = self.sum_rows(scores, sources)
+        parts, norm_floor = [None] * len(queries), self.norm_floor.to(queries.device)
+        if self.query_parts is not None:
+            parts = self.query_parts[first : first + len(queries)].to(queries.device).unbind(0)
+        of_reads = zip(queries.unsqueeze(1).unbind(0), parts, rows, offset.unsqueeze(-1).unbind(0))
+        return [
+            DepthRead(*of_read, scores, position, first + position, norm_floor)
+            for position, of_read in enumerate(of_reads)
+        ]
+
+    def sum_rows(self, scores: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> tuple[Sequence, torch.Tensor]:
+        """The rows `[B, T, D]` and the offsets `[R, B, T]` of phase 1 over several sources, see [`read_again`]."""
+        weights, offset = phase_one_weights(scores, self.form)
+        if self.plan.uses_bank:
+            return self.bank.weighted_sum(weights, sources), offset
+        stacked = torch.stack(sources or self.sources)
+        return weighted_sum(weights.to(stacked.dtype), stacked), offset
 
     def score(self, first: int, last: int) -> torch.Tensor:
         """The scores `[n, R, B, T]` that the queries `[first, last)` give the finished sources."""
         if self.plan.uses_bank:
             return self.bank.score(first, last)
-        return self._score_plainly(self.queries[first:last], self.sources[0])
+        return self._score_plainly(self.queries[first:last])
 
     @without_autocast
-    def _score_plainly(self, queries: torch.Tensor, first_source: torch.Tensor) -> torch.Tensor:
+    def _score_plainly(self, queries: torch.Tensor) -> torch.Tensor:
         values = torch.stack(self.sources).to(queries.dtype)
         return ((values @ queries.T) / source_norm(values, self.norm_floor)).movedim(-1, 1)
-
-    @without_autocast
-    def _sum_rows(self, weights: torch.Tensor) -> torch.Tensor:
-        if self.plan.uses_bank:
-            return self.bank.weighted_sum(weights)
-        sources = torch.stack(self.sources)
-        return weighted_sum(weights.to(sources.dtype), sources)
-
-    def _as_reads(self, first: int, queries, rows, offset, scores) -> list[DepthRead]:
-        parts, norm_floor = [None] * len(queries), self.norm_floor.to(queries.device)
-        if self.query_parts is not None:
-            parts = self.query_parts[first : first + len(queries)].to(queries.device).unbind(0)
-        of_reads = zip(queries.unsqueeze(-1).unbind(0), parts, rows, offset.unsqueeze(-1).unbind(0))
-        return [
-            DepthRead(*of_read, scores, position, first + position, norm_floor)
-            for position, of_read in enumerate(of_reads)
-        ]
 
     # --- Phase 2
 
@@ -396,15 +363,20 @@ class DepthStream:
         Returns:
             the mix `[B, T, D]`, and what [`mix_weights`] wants of it.
         """
-        anchor, recents = self.split(state)
-        base = self.form.base(read.row, anchor)
+        base, (_, recents) = self.base(read, state), self.split(state)
         if not recents:
-            return base if anchor else self.bank.row_to_keep(base), None
-        (recent,) = recents
-        num_sources = len(read.scores) + 1
+            return base if self.form.anchored else self.bank.row_to_keep(base), None
         return merge_recent(
-            self.form, base, read.offset, read.query, recent, read.norm_floor, num_sources, read.query_parts
+            *(self.form, base, read.offset, read.query, recents[-1], read.norm_floor),
+            num_sources=len(read.scores) + 1,
+            query_parts=read.query_parts,
         )
+
+    def base(self, read: DepthRead, state: State) -> torch.Tensor:
+        """What recent sources are merged into: phase 1's row `[B, T, D]`, on top of the plain stream if anchored."""
+        if not self.form.anchored:
+            return read.row
+        return state[0] if read.row is None else state[0] + read.row
 
     def mix_and_norm(
         self, read, norm: nn.Module, state: State
@@ -420,16 +392,20 @@ class DepthStream:
         state = self.advance(read, state, output, starts_block)
         return state, *self.mix_and_norm(next_read, norm, state)
 
-    def mix_weights(self, read: DepthRead, logit: torch.Tensor | None) -> torch.Tensor:
+    def mix_weights(self, read: DepthRead, found: torch.Tensor | None) -> torch.Tensor:
         """The weights `[B, T, n]` of a mix, from what phase 1 and `mix` computed it with."""
-        scores = read.scores[:, read.position].movedim(0, -1)
-        if logit is not None:
-            scores = torch.cat([scores, self.form.recent_score(read.offset, logit)], dim=-1)
-        return torch.softmax(scores, dim=-1) * self.form.total(scores.shape[-1])
+        scores = read.scores[:, read.position]
+        if found is not None:
+            scores = torch.cat([scores, self.recent_scores(read, found)])
+        return torch.softmax(scores, dim=0).movedim(0, -1) * self.form.total(len(scores))
+
+    def recent_scores(self, read: DepthRead, logit: torch.Tensor) -> torch.Tensor:
+        """`[j, B, T]`, the scores of the recent sources, from what `mix` found."""
+        return (self.form.offset_slope * (logit - read.offset)).movedim(-1, 0)
 
     def mix_output(self, state: State, with_weights: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output mix `[B, T, D]` over all sources, and if asked its weights `[B, T, n]`."""
-        read = self.output_read or self._read(self.num_sublayers, self.num_sublayers + 1)[0]
+        read = self.output_read or self.read(self.num_sublayers, self.num_sublayers + 1)[0]
         state = tuple(tensor.to(self.queries.device) for tensor in state)  # where layers sit on several devices
         mix, found = self.mix(read, *state)
         return mix, self.mix_weights(read, found) if with_weights else None

@@ -119,6 +119,19 @@ def _why_not_on(device: torch.device) -> str | None:
     return None
 
 
+def runs_kernels(like: torch.Tensor, num_sources: int, num_rows: int) -> bool:
+    """Whether a forward over `like` `[B, T, D]` runs kernels: see [`plan_depth`] for `ATTNRES_KERNELS`."""
+    asked = os.environ.get("ATTNRES_KERNELS", "auto")
+    if asked not in ("auto", "off", "on"):
+        raise ValueError(f"`ATTNRES_KERNELS` must be one of 'auto', 'off' and 'on', got {asked!r}.")
+    if asked == "off" or (asked == "auto" and like.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
+        return False
+    reason = available(like.device, like.dtype, like.shape[-1], num_sources, num_rows)
+    if reason and asked == "on":
+        raise ValueError(f"`ATTNRES_KERNELS=on` asks for kernels, which cannot run here: {reason}.")
+    return reason is None
+
+
 def uses_kernel(impl: str, like: torch.Tensor, num_sources: int = 1, num_rows: int = 1) -> bool:
     """Whether `impl` asks for a kernel, which must then be able to run on tensors like `like` `[..., D]`."""
     if impl not in ("torch", "triton"):

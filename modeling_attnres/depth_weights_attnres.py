@@ -16,9 +16,9 @@ sources, `d h / d score_i = a_i (v_i - h)`, or `a_i (n v_i - h)` where weights s
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
 
@@ -148,6 +148,18 @@ def product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
+def times_values(rows: torch.Tensor, values: torch.Tensor, in_half: bool) -> torch.Tensor:
+    """`[R, K]` in at least fp32 times `[K, N]`: `[R, N]` in the dtype of `rows`, which are not rounded to half precision.
+
+    Args:
+        in_half: multiply `values` in bf16, see [`split_queries`].
+    """
+    if not in_half:
+        return torch.mm(rows, values.to(rows.dtype))
+    parts = split_queries(rows)  # [R, 3, K]
+    return product_in_fp32(parts.flatten(0, 1), values).unflatten(0, parts.shape[:2]).sum(1)
+
+
 def source_norm(source: torch.Tensor, norm_floor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """`sqrt(sum(v^2) + D * eps)` over the last dimension, which is kept: the RMSNorm denominator times `sqrt(D)`.
 
@@ -169,40 +181,44 @@ def score_source(
     """A source's product with a query, and its floored norm: their quotient is the score.
 
     Args:
-        query: `[D, 1]`, folded, in at least fp32.
+        query: `[1, D]`, folded, in at least fp32.
         source: `[B, T, D]`.
         query_parts: `[3, D]`, the query by [`split_queries`], where the device multiplies bf16 matrices into fp32.
-            Not used where gradients are derived.
 
     Returns:
         two tensors `[B, T, 1]` in the query's dtype.
     """
-    if query_parts is not None and not derives_gradients():
+    if derives_gradients():  # a compiler fuses this sum, but no matrix product, with the other passes over the source
+        values = source.to(query.dtype)
+        return (values * query).sum(-1, keepdim=True), source_norm(values, norm_floor)
+    if query_parts is not None:
         dot = product_in_fp32(query_parts, source.flatten(0, 1).T).sum(0).view(*source.shape[:-1], 1)
         return dot, source_norm(source, norm_floor)
     values = source.to(query.dtype)
-    if (
-        derives_gradients()
-    ):  # a compiler fuses this sum, but not a matrix product, with the other passes over the source
-        return (values * query.squeeze(-1)).sum(-1, keepdim=True), source_norm(values, norm_floor)
-    return torch.matmul(values, query), source_norm(values, norm_floor)
+    return nn.functional.linear(values, query), source_norm(values, norm_floor)
+
+
+def source_gradient(source, scaled, queries, along, in_half: bool, gradient: torch.Tensor | None = None):
+    """`[B, T, D]`, what the scores `(q_r . v) / |v|` leave for v, `sum_r (q_r / |v| - (q_r . v) v / |v|^3)`.
+
+    Args:
+        source: `[B, T, D]`.
+        scaled: `[R, M]`, the scores' gradients over the source's norm.
+        queries: `[R, D]`, in at least fp32.
+        along: `[B, T, 1]`, the sum over r of `scaled (q_r . v) / |v|^2`.
+        in_half: whether to multiply in bf16.
+        gradient: `[B, T, D]` to add to, in place if its dtype allows.
+    """
+    dtype = source.dtype if in_half else queries.dtype
+    if gradient is not None and gradient.dtype == dtype:
+        gradient.flatten(0, 1).addmm_(scaled.T.to(dtype), queries.to(dtype))
+        return gradient.addcmul_(source, along.to(dtype), value=-1)
+    found = torch.mm(scaled.T.to(dtype), queries.to(dtype)).view_as(source)
+    found = found.addcmul_(source.to(dtype), along.to(dtype), value=-1).to(source.dtype)
+    return found if gradient is None else gradient + found
 
 
 # --- The two forms ---------------------------------------------------------------------------------------------------
-
-
-class Coefficients(NamedTuple):
-    """How phase 2 combines what phase 1 left with j recent sources: `h = kept base + sum_i taken_i v_i`.
-
-    Attributes:
-        kept: `[B, T]`, the coefficient of phase 1's part.
-        taken: `[j, B, T]`, those of the sources.
-        weights: `[j, B, T]`, their share of the softmax over everything.
-    """
-
-    kept: torch.Tensor
-    taken: torch.Tensor
-    weights: torch.Tensor
 
 
 class MeanWeights:
@@ -235,23 +251,12 @@ class MeanWeights:
         return weights
 
     @staticmethod
-    def one_source(source: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """What phase 1 comes to for a single source `[B, T, D]` with scores `[R, B, T]`: the row, and the offsets."""
-        return source, -score
-
-    @staticmethod
-    def base(row: torch.Tensor | None, anchor: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What recent sources are merged into: phase 1's row `[B, T, D]`, on top of the plain stream if anchored."""
-        return row
-
-    @staticmethod
     def merge_one(offset, dot, norm, num_sources: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """For the one recent source, with score `dot / norm`, each `[B, T, 1]`.
 
         Returns:
-            its logit (half of it under `"sum"`), from which [`recent_score`] gets the score; and `taken`, the `c` of
-            `h = (1 - c) base + c total v`, in `dtype`. Here `c = sigmoid(score - lse)`: online softmax with one extra
-            source.
+            its logit over `offset_slope`, `offset + score / offset_slope`; and `taken`, the `c` of `h = (1 - c) base +
+            c total v`, in `dtype`. Here `c = sigmoid(score - lse)`: online softmax with one extra source.
         """
         logit = torch.addcdiv(offset, dot, norm)
         return logit, _in_dtype(torch.sigmoid, logit, dtype)
@@ -262,26 +267,15 @@ class MeanWeights:
         return torch.sigmoid(logit)
 
     @staticmethod
-    def recent_score(offset: torch.Tensor, logit: torch.Tensor) -> torch.Tensor:
-        """The recent source's score `[B, T, 1]` from what [`merge_one`] returns."""
-        return logit - offset
+    def merge_several(offset: torch.Tensor, scores: torch.Tensor, num_sources: int) -> tuple[torch.Tensor, ...]:
+        """For j recent sources with `scores` `[j, B, T]`, and the `offset` `[B, T]`: online softmax.
 
-    @staticmethod
-    def merge_several(offset: torch.Tensor, scores: torch.Tensor, num_sources: int) -> Coefficients:
-        """Online softmax with several extra sources.
-
-        Args:
-            offset: `[B, T]`.
-            scores: `[j, B, T]`.
-            num_sources: n.
+        Returns:
+            `kept` `[B, T]` and `taken` `[j, B, T]` of `h = kept base + sum_i taken_i v_i`; and the sources' shares
+            `[j, B, T]` of the softmax over everything.
         """
         weights = torch.softmax(torch.cat([-offset.unsqueeze(0), scores]), dim=0)
-        return Coefficients(weights[0], weights[1:], weights[1:])
-
-    @staticmethod
-    def excess(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """The weights `[n, ...]` of a mix in one pass, over n, beyond those of its anchor."""
-        return shares
+        return weights[0], weights[1:], weights[1:]
 
 
 class SumWeights(MeanWeights):
@@ -320,14 +314,6 @@ class SumWeights(MeanWeights):
         return (weights + 1) / len(weights)
 
     @staticmethod
-    def one_source(source: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        return None, score * -0.5
-
-    @staticmethod
-    def base(row: torch.Tensor | None, anchor: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return anchor[0] if row is None else anchor[0] + row
-
-    @staticmethod
     def merge_one(offset, dot, norm, num_sources: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """With `t = tanh((score + offset) / 2)`, `c = t / (n / 2 - (n / 2 - 1) t)`: it cannot overflow, and is 0 where
         score + offset is 0.
@@ -342,11 +328,7 @@ class SumWeights(MeanWeights):
         return torch.sigmoid(2 * logit - math.log(num_sources - 1))
 
     @staticmethod
-    def recent_score(offset: torch.Tensor, logit: torch.Tensor) -> torch.Tensor:
-        return 2 * (logit - offset)
-
-    @staticmethod
-    def merge_several(offset: torch.Tensor, scores: torch.Tensor, num_sources: int) -> Coefficients:
+    def merge_several(offset: torch.Tensor, scores: torch.Tensor, num_sources: int) -> tuple[torch.Tensor, ...]:
         """With `x_i = exp(score_i + offset)` and `Z = n - j + sum_i x_i`: `kept = n / Z`, `taken_i = n (x_i - 1) / Z`.
 
         They are exactly 1 and 0 where `score + offset` is 0. All is divided by the largest `x` (or 1): no overflow.
@@ -356,11 +338,7 @@ class SumWeights(MeanWeights):
         one, exponentials = torch.exp(-largest), torch.exp(logits - largest)
         total = (num_sources - len(scores)) * one + exponentials.sum(0)
         taken = num_sources * (exponentials - one) / total
-        return Coefficients(num_sources * one / total, taken, exponentials / total)
-
-    @staticmethod
-    def excess(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        return shares - uniform
+        return num_sources * one / total, taken, exponentials / total
 
 
 FORMS = {"mean": MeanWeights, "sum": SumWeights}
@@ -378,7 +356,7 @@ def _in_dtype(function: Callable, first: torch.Tensor, dtype: torch.dtype, *othe
 
 
 def phase_one_weights(scores: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sources' weights and the offset of `scores` `[n, ...]`, as [`MeanWeights.phase_one`] and its like say."""
+    """The sources' weights `[n, ...]` and the offset `[...]` of `scores` `[n, ...]`, see [`MeanWeights.phase_one`]."""
     return _PhaseOneWeights.apply(scores, form) if writes_gradients() else form.phase_one(scores)
 
 
@@ -397,11 +375,9 @@ class _PhaseOneWeights(torch.autograd.Function):
     @first_derivative
     def backward(ctx, weights_gradient, offset_gradient):
         (weights,) = ctx.saved_tensors
-        shares, n = ctx.form.shares(weights), len(weights)
-        gradient = 0
+        shares, gradient = ctx.form.shares(weights), 0
         if weights_gradient is not None:
-            gradient = weights_gradient - (shares * weights_gradient).sum(0)
-            gradient = gradient * ctx.form.total(n)
+            gradient = (weights_gradient - (shares * weights_gradient).sum(0)) * ctx.form.total(len(weights))
         if offset_gradient is not None:
             gradient = gradient - offset_gradient / ctx.form.offset_slope
         return shares * gradient, None
@@ -415,16 +391,13 @@ def merge_recent(form: Form, base, offset, query, recent, norm_floor, num_source
     """Merges the one recent source into what phase 1 left.
 
     Args:
-        base: `[B, T, D]`, see [`MeanWeights.base`].
+        base: `[B, T, D]`, the row of phase 1; if anchored, on top of the plain stream.
         offset: `[B, T, 1]`, of phase 1, in at least fp32.
-        query: `[D, 1]`, folded, in at least fp32.
-        recent: `[B, T, D]`.
-        norm_floor: scalar, see [`DepthAttention`].
+        query, recent, norm_floor, query_parts: see [`score_source`].
         num_sources: n, the recent source included.
-        query_parts: see [`score_source`].
 
     Returns:
-        the mix `[B, T, D]`, and the recent source's logit `[B, T, 1]` (see [`MeanWeights.recent_score`]).
+        the mix `[B, T, D]`, and the recent source's logit `[B, T, 1]` (see [`MeanWeights.merge_one`]).
     """
     arguments = (form, base, offset, query, recent, norm_floor, num_sources, query_parts)
     return _MergeRecent.apply(*arguments) if writes_gradients() else _merge_recent(*arguments)[:2]
@@ -460,54 +433,24 @@ class _MergeRecent(torch.autograd.Function):
         if mix_gradient is not None:
             base_gradient, recent_gradient = mix_gradient * (1 - taken), mix_gradient * (total * taken)
             # The mix is kept and the base is not, so the difference is the mix's.
-            through_mix = (
-                torch.sub(mix, recent, alpha=total).mul_(mix_gradient).sum(-1, keepdim=True, dtype=norm.dtype)
-            )
-            through_mix = through_mix * ctx.form.recent_share(logit, ctx.num_sources) * -slope
+            away = torch.sub(mix, recent, alpha=total).mul_(mix_gradient).sum(-1, keepdim=True, dtype=norm.dtype)
+            through_mix = away * ctx.form.recent_share(logit, ctx.num_sources) * -slope
             offset_gradient = through_mix if logit_gradient is None else through_mix + logit_gradient
         scaled = offset_gradient / (slope * norm)
-        query_gradient = query_gradient_of(recent, scaled, query, ctx.in_half)
-        through_score = source_gradient_of(recent, scaled, query, dot / norm.square(), ctx.in_half, recent_gradient)
-        return None, base_gradient, offset_gradient, query_gradient, through_score, None, None, None
-
-
-def query_gradient_of(source, scaled, query, in_half: bool) -> torch.Tensor:
-    """`[D, 1]`, what the score of `source` `[B, T, D]` leaves for the query.
-
-    Args:
-        scaled: `[B, T, 1]`, the score's gradient over the source's norm.
-        in_half: whether to multiply in bf16, into fp32.
-    """
-    if in_half:
-        return product_in_fp32(split_queries(scaled.flatten()), source.flatten(0, 1)).sum(0).unsqueeze(-1)
-    return torch.mm(source.flatten(0, 1).T.to(query.dtype), scaled.flatten(0, 1))
-
-
-def source_gradient_of(source, scaled, query, dot_over_square, in_half: bool, gradient) -> torch.Tensor:
-    """`[B, T, D]`, what the score `(q . v) / |v|` leaves for v, `q / |v| - (q . v) v / |v|^3`, added to `gradient`.
-
-    Args:
-        gradient: `[B, T, D]` to add to, in place if it is in the query's dtype or `in_half`; or `None`.
-        dot_over_square: `[B, T, 1]`, `(q . v) / |v|^2`.
-        scaled, in_half: as in [`query_gradient_of`].
-    """
-    if gradient is not None and (in_half or gradient.dtype == query.dtype):
-        dtype = gradient.dtype
-        gradient.flatten(0, 1).addmm_(scaled.flatten(0, 1).to(dtype), query.T.to(dtype))
-        return gradient.addcmul_(source, (scaled * dot_over_square).to(dtype), value=-1)
-    values = source.to(query.dtype)
-    through_score = torch.addcmul(scaled * query.T, values, scaled * dot_over_square, value=-1).to(source.dtype)
-    return through_score if gradient is None else gradient + through_score
+        along, row = scaled * (dot / norm.square()), scaled.flatten().unsqueeze(0)
+        query_gradient = times_values(row, recent.flatten(0, 1), ctx.in_half)
+        recent_gradient = source_gradient(recent, row, query, along, ctx.in_half, recent_gradient)
+        return None, base_gradient, offset_gradient, query_gradient, recent_gradient, None, None, None
 
 
 # --- Phase 2: merging the recent sources that lie in the bank --------------------------------------------------------
 
 
-def merge_rows(base: torch.Tensor, parts: Coefficients, sources: torch.Tensor) -> torch.Tensor:
+def merge_rows(base: torch.Tensor, kept: torch.Tensor, taken: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
     """`kept base + sum_i taken_i v_i` `[B, T, D]` over sources `[j, B, T, D]`, in one product."""
-    own = torch.bmm(columns(parts.taken, base.dtype).transpose(1, 2), sources.flatten(1, 2).transpose(0, 1))
+    own = torch.bmm(columns(taken, base.dtype).transpose(1, 2), sources.flatten(1, 2).transpose(0, 1))
     # In half precision `kept` and its product are not rounded.
-    return torch.addcmul(own.view_as(base), base, parts.kept.unsqueeze(-1)).to(base.dtype)
+    return torch.addcmul(own.view_as(base), base, kept.unsqueeze(-1)).to(base.dtype)
 
 
 def columns(coefficients: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

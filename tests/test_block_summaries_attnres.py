@@ -33,7 +33,9 @@ def test_stores_sources_norms_and_scores():
     expected = (stacked @ queries.T / bank.norms[:3].unsqueeze(-1)).movedim(-1, 1)
     torch.testing.assert_close(bank.score(0, 5), expected)
     weights = torch.rand(3, 2, 2, 3)  # [n, R, B, T]
-    torch.testing.assert_close(bank.weighted_sum(weights), torch.einsum("nrbt,nbtd->rbtd", weights, stacked))
+    torch.testing.assert_close(
+        torch.stack(bank.weighted_sum(weights)), torch.einsum("nrbt,nbtd->rbtd", weights, stacked)
+    )
 
 
 def test_low_precision_sources_are_scored_in_fp32():
@@ -91,7 +93,7 @@ def test_an_earlier_forward_keeps_its_sources_through_a_later_one():
         bank.reset(value, 1, 2)
         bank.append(value, queries, FLOOR)
         scores = bank.score(0, 2)
-        losses.append((bank.weighted_sum(scores.sigmoid()).square()).sum())
+        losses.append(torch.stack(bank.weighted_sum(scores.sigmoid())).square().sum())
     shared = torch.autograd.grad(sum(losses), inputs)
     for value, gradient in zip(inputs, shared):
         scores = (value @ queries.T / (value.square().sum(-1, keepdim=True) + FLOOR**2).sqrt()).unsqueeze(-1)
@@ -111,7 +113,7 @@ def test_gradients_pass_gradcheck():
         early = bank.weighted_sum(bank.score(0, 2).softmax(0))
         bank.append(sources[2], queries, FLOOR.double())
         late = bank.weighted_sum(bank.score(1, 3).softmax(0))
-        return early, late, alias * 2
+        return *early, *late, alias * 2
 
     assert torch.autograd.gradcheck(read_twice, (queries, *sources))
 

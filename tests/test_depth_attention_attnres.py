@@ -64,10 +64,9 @@ def test_two_phase_equals_naive(num_sublayers, sublayers_per_block, depth_weight
 @pytest.mark.parametrize("depth_weights", FORMS)
 @pytest.mark.parametrize(("num_sublayers", "sublayers_per_block"), SCHEDULES)
 def test_many_tokens_equal_naive(num_sublayers, sublayers_per_block, depth_weights, monkeypatch):
-    """Rows laid out from parts of four tokens, and in memory that the next group writes over."""
+    """Rows laid out from parts of four tokens."""
     monkeypatch.setattr(depth_attention_attnres, "MANY_TOKENS", 10)
     monkeypatch.setattr(depth_attention_attnres, "TOKENS_AT_ONCE", 4)
-    monkeypatch.setattr(depth_attention_attnres, "REUSED_BYTES", 1)
     stack = random_stack(num_sublayers, 0.5, torch.float64)
     kwargs = {"sublayers_per_block": sublayers_per_block, "depth_weights": depth_weights}
     naive = output_and_gradients(stack, impl="naive", **kwargs)

@@ -111,7 +111,7 @@ def test_bf16_scores_and_sources_are_fp32(depth_weights):
     assert bank.sources.dtype == weights[-1].dtype == torch.float32
     assert mixes[-1].dtype == sources.dtype == torch.bfloat16
     # The mix is rounded once to bf16, 2^-9 of itself at most; so is the stream of "sum", 12 times.
-    expected = torch.einsum("btn,bnd->btd", weights[-1], bank.live(4).per_token)
+    expected = torch.einsum("btn,bnd->btd", weights[-1], bank.decode_reads[-1][-1].per_token)
     assert relative_error(mixes[-1].float(), expected) < (2**-8 if depth_weights == "mean" else 12 * 2**-8)
 
 

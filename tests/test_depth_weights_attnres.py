@@ -34,15 +34,14 @@ def mix_of(form, sources, query):
     scores = torch.stack([_score(query, source) for source in earlier])
     weights, offset = phase_one_weights(scores, form)
     row = (weights.unsqueeze(-1) * torch.stack(earlier)).sum(0)
-    anchor = (torch.stack(sources).sum(0),) * form.anchored
-    base = form.base(row, anchor)
+    base = row + torch.stack(sources).sum(0) if form.anchored else row
     return merge_recent(
-        form, base, offset.unsqueeze(-1), query.unsqueeze(-1), recent, FLOOR.to(query.dtype), len(sources)
+        form, base, offset.unsqueeze(-1), query.unsqueeze(0), recent, FLOOR.to(query.dtype), len(sources)
     )
 
 
 def _score(query, source):
-    dot, norm = score_source(query.unsqueeze(-1), source, FLOOR.to(query.dtype))
+    dot, norm = score_source(query.unsqueeze(0), source, FLOOR.to(query.dtype))
     return (dot / norm).squeeze(-1)
 
 
@@ -202,7 +201,7 @@ def test_a_second_backward_is_refused_with_the_way_out():
         ("cpu", torch.float32, (1, 8), False, BankPlan()),
         ("cpu", torch.float32, (1, 1024), True, BankPlan(tokens_at_once=64)),
         ("cpu", torch.bfloat16, (2, 64), False, BankPlan(tokens_at_once=64)),
-        ("cpu", torch.float32, (1, 2048), False, BankPlan(tokens_at_once=64, reuses_rows=True)),
+        ("cpu", torch.float32, (1, 2048), False, BankPlan(tokens_at_once=64)),
         ("cpu", torch.float32, (1, 2048), True, BankPlan(tokens_at_once=64)),
         ("meta", torch.float32, (4, 4096), True, BankPlan(alignment=8, floor_channels=8)),
         ("meta", torch.bfloat16, (4, 4096), False, BankPlan(alignment=8, in_half=True, floor_channels=8)),
