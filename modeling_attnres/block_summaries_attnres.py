@@ -131,7 +131,7 @@ class _LinkSource(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(queries)
         # Not saved through autograd: later slots are written while these live ones stay as they are.
-        ctx.slot = (bank.sources[slot], bank.norms[slot], bank.scores[first_reader:, slot])
+        ctx.slot = (bank.sources[slot], bank.norms[slot], bank.scores[slot, first_reader:])
         ctx.index, ctx.in_half = (slot, first_reader), bank.plan.in_half
         # Not `detach()`: later slots are written under the version counter that it would share.
         return link.view_as(link), score_link.view_as(score_link), bank.sources[slot].data
@@ -148,7 +148,7 @@ class _LinkSource(torch.autograd.Function):
         if score_link_gradient is not None:
             (queries,) = ctx.saved_tensors
             stored, norm, scores = ctx.slot
-            of_scores = score_link_gradient[first_reader:, slot]  # [R, B, T]
+            of_scores = score_link_gradient[slot, first_reader:]  # [R, B, T]
             scaled = (of_scores / norm).flatten(1)
             queries_gradient = torch.zeros_like(queries)
             queries_gradient[first_reader:] = times_values(scaled, stored.flatten(0, 1), ctx.in_half)
@@ -162,9 +162,9 @@ class _LinkScores(torch.autograd.Function):
     """Hands on scores that `append` computed; in backward leaves their gradient where `append`'s backward finds it."""
 
     @staticmethod
-    def forward(ctx, score_link, scores, readers, slots):
+    def forward(ctx, score_link, scores, slots, readers):
         ctx.set_materialize_grads(False)
-        ctx.index, ctx.shape = (readers, slots), score_link.shape
+        ctx.index, ctx.shape = (slots, readers), score_link.shape
         return scores.clone(), score_link.view_as(score_link)
 
     @staticmethod
@@ -222,7 +222,8 @@ class BlockSummaries:
         sources: `[capacity, B, T, D]` in the model's dtype; slots `[:length]` are live.
         norms: `[capacity, B, T]` in at least fp32, `sqrt(sum(v^2) + D * eps)` of each live source: `sqrt(D)` over its
             `1/rms`, see `inv_rms`.
-        scores: `[L + 1, capacity, B, T]` in at least fp32, each live source scored by every query that can read it.
+        scores: `[capacity, L + 1, B, T]` in at least fp32, each live source scored by every query that can read it. A decode
+            step takes this memory for `[L + 1, capacity, M]`.
         length: number of live sources.
         link: what an operation on `sources` takes and hands on with gradients enabled, `None` without.
         decode_reads: what a decode step made of the allocation, for the next one.
@@ -255,7 +256,7 @@ class BlockSummaries:
         if torch.is_grad_enabled() or not self._fits(like, shape, dtype, num_queries):
             self.sources = like.new_empty(shape, dtype=dtype)
             self.norms = like.new_empty(shape[:-1], dtype=wide)
-            self.scores = like.new_empty((num_queries, *shape[:-1]), dtype=wide)
+            self.scores = like.new_empty((capacity, num_queries, *shape[1:-1]), dtype=wide)
             self.decode_reads = None
         if extra > 0:
             self.sources[..., width].copy_(norm_floor)
@@ -273,7 +274,7 @@ class BlockSummaries:
         return (
             self.sources is not None
             and (self.sources.shape, self.sources.dtype, self.sources.device) == (shape, dtype, like.device)
-            and len(self.scores) == num_queries
+            and self.scores.shape[1] == num_queries
             and self.sources.is_inference() == torch.is_inference_mode_enabled()
         )
 
@@ -327,7 +328,7 @@ class BlockSummaries:
             values = stored.to(norms.dtype)  # fp32 of one source at a time, never of the bank
             source_norm(values, norm_floor, out=norms.unsqueeze(-1))
             dots = torch.mm(readers, values.flatten(0, 1).T)
-        torch.div(dots.view(-1, *norms.shape), norms, out=self.scores[first_reader:, slot])
+        torch.div(dots.view(-1, *norms.shape), norms, out=self.scores[slot, first_reader:])
         self.length += 1
         if self.link is None:
             return stored
@@ -339,11 +340,11 @@ class BlockSummaries:
     def score(self, first: int, last: int, slots: slice = slice(None)) -> torch.Tensor:
         """The scores `[n, R, B, T]` that the queries `[first, last)` give the live sources, or `slots` of them."""
         start, stop, _ = slots.indices(self.length)
-        readers, slots = slice(first, last), slice(start, stop)
-        scores = self.scores[readers, slots]
+        slots, readers = slice(start, stop), slice(first, last)
+        scores = self.scores[slots, readers]
         if self._score_link is not None:
-            scores, self._score_link = _LinkScores.apply(self._score_link, scores, readers, slots)
-        return scores.transpose(0, 1)
+            scores, self._score_link = _LinkScores.apply(self._score_link, scores, slots, readers)
+        return scores
 
     @without_autocast
     def weighted_sum(self, weights: torch.Tensor, sources: Sequence[torch.Tensor] = ()) -> Sequence[torch.Tensor]:

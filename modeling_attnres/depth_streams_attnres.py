@@ -127,7 +127,8 @@ class DecodeStream(DepthStream):
 
     def _make_reads(self) -> list[DecodeRead]:
         """Those of all sublayers, from as few operations as there can be: a server makes a bank for each step."""
-        with_floor, all_scores = self.bank.sources.flatten(1, 2), self.bank.scores.flatten(2)
+        with_floor, capacity = self.bank.sources.flatten(1, 2), len(self.bank.sources)
+        all_scores = self.bank.scores.view(len(self.queries), capacity, -1)  # a query's scores lie together
         sources, reads = self.bank.sources[..., : self.shape[-1]], []
         per_token, newest = sources.flatten(1, 2).transpose(0, 1), sources.unbind()
         for slot, with_its_floor in enumerate(with_floor.unbind()):

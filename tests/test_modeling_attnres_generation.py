@@ -179,10 +179,6 @@ class _Recorder(BlockSummaries):
         super().reset(*args, **kwargs)
         self.addresses.append((self.sources.shape[2], self.sources.data_ptr()))
 
-    def reset_for_decode(self, *args, **kwargs):
-        super().reset_for_decode(*args, **kwargs)
-        self.addresses.append((self.sources.shape[2], self.sources.data_ptr()))
-
 
 @pytest.mark.parametrize("sublayers_per_block", [1, 2, 3, 8])
 def test_decode_steps_reuse_one_allocation(sublayers_per_block):

@@ -7,7 +7,7 @@ from served_models import expected_answers, prompt_of, served_model
 from tiny_backbones import VOCAB_SIZE
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from modeling_attnres.block_summaries_attnres import BlockSummaries
+from modeling_attnres.depth_streams_attnres import DecodeStream
 
 
 NEW_TOKENS = 6
@@ -20,13 +20,13 @@ PROMPTS = [prompt_of(length, VOCAB_SIZE, seed=length) for length in (1, 2, 7, 16
 def packed_steps(monkeypatch):
     """How many tokens each step held that depth attention did in one pass."""
     steps = []
-    reset = BlockSummaries.reset_for_decode
+    start = DecodeStream.start
 
-    def recorded(bank, like, *args):
-        steps.append(tuple(like.shape[:2]))
-        reset(bank, like, *args)
+    def recorded(stream, embedding):
+        steps.append(tuple(embedding.shape[:2]))
+        return start(stream, embedding)
 
-    monkeypatch.setattr(BlockSummaries, "reset_for_decode", recorded)
+    monkeypatch.setattr(DecodeStream, "start", recorded)
     return steps
 
 
