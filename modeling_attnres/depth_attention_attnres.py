@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import initialization as init
 
 from .block_summaries_attnres import ANY_DEVICE, BankPlan, BlockSummaries, weighted_sum
@@ -30,9 +31,9 @@ from .depth_weights_attnres import (
     Form,
     accumulation_dtype,
     derives_gradients,
+    has_kernel,
     is_autocast,
     merge_recent,
-    multiplies_into_fp32,
     phase_one_weights,
     source_norm,
     split_queries,
@@ -102,6 +103,8 @@ MAX_GROUP_SUBLAYERS = 8
 MANY_TOKENS, MANY_HALF_TOKENS = 1024, 128
 # ...from products over so many tokens, which stay in its cache until then.
 TOKENS_AT_ONCE = 64
+# A compiler sums over so many tokens in one kernel.
+TOKENS_OF_A_COPY = 128
 # Up to so many tokens a single pass over all sources takes less time than two phases: it moves more bytes in fewer
 # calls. A processor soon pays for the bytes, other devices longer for the calls.
 MAX_DECODE_TOKENS, MAX_DECODE_TOKENS_ON_CPU = 128, 32
@@ -117,6 +120,8 @@ class DepthPlan:
         files_outputs: with S = 1, sublayers file their outputs in the bank, and a group shares phase 1.
         uses_bank: whether sources lie in the bank; without, they are separate tensors in plain autograd.
         bank: how the device wants the bank's products.
+        query_copies: P, how many copies of a query share the tokens in phase 2. A compiler sums a gradient over many tokens
+            in two kernels; with copies the first leaves the gradients of P, and the second is one for all queries.
     """
 
     kernels: bool
@@ -124,6 +129,7 @@ class DepthPlan:
     files_outputs: bool
     uses_bank: bool
     bank: BankPlan
+    query_copies: int = 1
 
 
 def plan_depth(embedding: torch.Tensor, num_sublayers: int, sublayers_per_block: int, undivided: bool) -> DepthPlan:
@@ -143,14 +149,17 @@ def plan_depth(embedding: torch.Tensor, num_sublayers: int, sublayers_per_block:
     gradients, device, dtype = torch.is_grad_enabled(), embedding.device.type, embedding.dtype
     if derives_gradients():
         # A bank is written in place, which only a compiler can undo, and only without gradients.
-        return DepthPlan(False, False, False, torch.compiler.is_compiling() and not gradients, ANY_DEVICE)
+        compiles, num_tokens = torch.compiler.is_compiling(), embedding.shape[0] * embedding.shape[1]
+        shared = compiles and gradients and statically_known_true(num_tokens % TOKENS_OF_A_COPY == 0)
+        copies = num_tokens // TOKENS_OF_A_COPY if shared else 1
+        return DepthPlan(False, False, False, compiles and not gradients, ANY_DEVICE, copies)
     batch, tokens, _ = embedding.shape
     if device == "cpu":
         many = MANY_HALF_TOKENS if embedding.element_size() == 2 else MANY_TOKENS
         bank = BankPlan(tokens_at_once=TOKENS_AT_ONCE if batch * tokens >= many else None)
     else:
         # Fast products of half precision need addresses of 16 bytes.
-        in_half = dtype == torch.bfloat16 and multiplies_into_fp32(device)
+        in_half = dtype == torch.bfloat16 and has_kernel("mm.dtype", device)
         bank = BankPlan(in_half=in_half, alignment=8, floor_channels=8)
     few = MAX_DECODE_TOKENS_ON_CPU if device == "cpu" else MAX_DECODE_TOKENS
     one_pass = (
@@ -160,6 +169,7 @@ def plan_depth(embedding: torch.Tensor, num_sublayers: int, sublayers_per_block:
         and min(batch, tokens) == 1
         and max(batch, tokens) <= few
         and not is_autocast(device)  # it would round scores to half precision
+        and has_kernel("_weight_norm_interface", device)
     )
     files_outputs = undivided and not one_pass and sublayers_per_block == 1
     kernels = False
@@ -198,7 +208,7 @@ class DepthRead:
     Accelerate moves what has a `to` with a layer's other inputs.
 
     Args:
-        query: `[1, D]`, its folded query, in at least fp32.
+        query: `[P, D]`, copies of its folded query, in at least fp32; P is 1 but for compiled training.
         query_parts: `[3, D]`, the same in bf16 parts, or `None`, see [`split_queries`].
         row: `[B, T, D]`, its (form-dependent) sum over the sources of phase 1; `None` for a sum known to be zero.
         offset: `[B, T, 1]`, what puts the scores of later sources on the scale of the row, in at least fp32.
@@ -330,7 +340,13 @@ class DepthStream:
         parts, norm_floor = [None] * len(queries), self.norm_floor.to(queries.device)
         if self.query_parts is not None:
             parts = self.query_parts[first : first + len(queries)].to(queries.device).unbind(0)
-        of_reads = zip(queries.unsqueeze(1).unbind(0), parts, rows, offset.unsqueeze(-1).unbind(0))
+        # The first sublayer of a block merges nothing: apart, it is not made a gradient of zeros.
+        apart = first % self.sublayers_per_block == 0
+        copies, offsets = queries.unsqueeze(1).expand(-1, self.plan.query_copies, -1), offset.unsqueeze(-1)
+        copies, offsets = (
+            (every[0], *every[1:].unbind(0)) if apart else every.unbind(0) for every in (copies, offsets)
+        )
+        of_reads = zip(copies, parts, rows, offsets)
         return [
             DepthRead(*of_read, scores, position, first + position, norm_floor)
             for position, of_read in enumerate(of_reads)

@@ -135,15 +135,15 @@ def split_queries(queries: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def multiplies_into_fp32(device_type: str) -> bool:
-    """Whether [`product_in_fp32`] is one product on a device."""
+def has_kernel(operator: str, device_type: str) -> bool:
+    """Whether a device has a kernel for an operator of PyTorch, such as `"mm.dtype"`."""
     key = torch._C._dispatch_key_for_device(device_type)
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", key)
 
 
 def product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The product of two bf16 matrices, accumulated and returned in fp32."""
-    if not multiplies_into_fp32(left.device.type):  # nothing is saved then, and [`plan_depth`] does not ask for it
+    if not has_kernel("mm.dtype", left.device.type):  # nothing is saved then, and [`plan_depth`] does not ask for it
         return torch.mm(left.float(), right.float())
     return torch.mm(left, right, out_dtype=torch.float32)
 
@@ -181,7 +181,7 @@ def score_source(
     """A source's product with a query, and its floored norm: their quotient is the score.
 
     Args:
-        query: `[1, D]`, folded, in at least fp32.
+        query: `[1, D]`, folded, in at least fp32; or copies of it `[P, D]`, see [`DepthPlan`].
         source: `[B, T, D]`.
         query_parts: `[3, D]`, the query by [`split_queries`], where the device multiplies bf16 matrices into fp32.
 
@@ -190,12 +190,28 @@ def score_source(
     """
     if derives_gradients():  # a compiler fuses this sum, but no matrix product, with the other passes over the source
         values = source.to(query.dtype)
-        return (values * query).sum(-1, keepdim=True), source_norm(values, norm_floor)
+        dot = (values * query).sum(-1, keepdim=True) if len(query) == 1 else _CompiledDot.apply(values, query)
+        return dot, source_norm(values, norm_floor)
     if query_parts is not None:
         dot = product_in_fp32(query_parts, source.flatten(0, 1).T).sum(0).view(*source.shape[:-1], 1)
         return dot, source_norm(source, norm_floor)
     values = source.to(query.dtype)
     return nn.functional.linear(values, query), source_norm(values, norm_floor)
+
+
+class _CompiledDot(torch.autograd.Function):
+    """A source's product `[B, T, 1]` with P copies `[P, D]` of a query, each of which gets the gradient of its share of tokens."""
+
+    @staticmethod
+    def forward(ctx, values, query):
+        ctx.save_for_backward(values, query)
+        return (values * query[0]).sum(-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        values, query = ctx.saved_tensors
+        shares = (values * gradient).flatten(0, 1).unflatten(0, (len(query), -1))
+        return gradient * query[0], shares.sum(1)
 
 
 def source_gradient(source, scaled, queries, along, in_half: bool, gradient: torch.Tensor | None = None):

@@ -7,6 +7,8 @@ import torch
 from tiny_backbones import tiny_inputs, tiny_model
 from transformers import CompileConfig, StaticCache
 
+from modeling_attnres import depth_attention_attnres
+
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -46,6 +48,32 @@ def test_training_in_one_graph(sublayers_per_block, depth_weights, checkpointing
     compiled(model)(input_ids, labels=input_ids, use_cache=False).loss.backward()
     for gradient, parameter in zip(expected, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, gradient, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("sublayers_per_block", "depth_weights", "checkpointing"), [(2, "sum", False), (3, "mean", True)]
+)
+def test_training_with_copies_of_a_query(sublayers_per_block, depth_weights, checkpointing, monkeypatch):
+    monkeypatch.setattr(depth_attention_attnres, "TOKENS_OF_A_COPY", 6)
+    test_training_in_one_graph(sublayers_per_block, depth_weights, checkpointing)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dynamic", "gradients", "copies"),
+    [(12, False, True, 4), (13, False, True, 1), (12, True, True, 1), (12, False, False, 1)],
+)
+def test_copies_of_a_query_are_planned_for_compiled_training(tokens, dynamic, gradients, copies, monkeypatch):
+    monkeypatch.setattr(depth_attention_attnres, "TOKENS_OF_A_COPY", 6)
+
+    @compiled
+    def planned(embedding):
+        return embedding * depth_attention_attnres.plan_depth(embedding, 4, 2, undivided=True).query_copies
+
+    with torch.set_grad_enabled(gradients):
+        embedding = torch.ones(2, tokens, 4)
+        if dynamic:
+            torch._dynamo.mark_dynamic(embedding, 1)
+        assert planned(embedding).unique().tolist() == [copies]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])

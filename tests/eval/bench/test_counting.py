@@ -96,8 +96,11 @@ def test_peaks_grow_with_what_a_variant_holds(tiny):
 def test_chunked_prefill_bounds_the_summaries_by_the_chunk(form):
     shape = Shape(16, 2, 1, 1, 32, 64, sublayers_per_block=2)
 
-    whole, chunked = (chunked_summaries_bytes(shape, 512, chunk, form) for chunk in (512, 32))
+    whole, chunked, small = (chunked_summaries_bytes(shape, 1024, chunk, form) for chunk in (1024, 64, 32))
 
-    sources = (1 + 2) * 512 * 16 * 4
+    sources = (1 + 2) * 1024 * 16 * 4
     assert sources <= whole <= 2 * sources
     assert chunked <= whole / 16
+    # A chunk that is small enough for a single pass: the 16 channels of a source carry the floor of their norm, and the
+    # queries of all five mixes are kept, with a one for each token.
+    assert small <= whole / 32 + (3 * 32 + 5 * 16 + 32) * 4
