@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from .block_summaries_attnres import BlockSummaries
 from .depth_attention_attnres import MAX_GROUP_SUBLAYERS, DepthRead, DepthStream, State, plan_depth
@@ -84,8 +85,8 @@ class DecodeRead:
     Deliberately not a tuple: FSDP casts tensors in tuples, and the layer would write to a copy.
 
     Attributes:
-        queries: `[R, D]` in at least fp32, its folded query. Where the newest source is complete, those of all later
-            sublayers follow.
+        queries: `[R, D']` in at least fp32, its folded query and zeros. Where the newest source is complete, those of all
+            later sublayers follow.
         scores: `[n, M]`, its scores of the n sources that it sees.
         newest_scores: `[R, M]`, the scores that `queries` give the newest source.
         per_token: `[M, n, D]`, the sources.
@@ -130,13 +131,14 @@ class DecodeStream(DepthStream):
         with_floor, capacity = self.bank.sources.flatten(1, 2), len(self.bank.sources)
         all_scores = self.bank.scores.view(len(self.queries), capacity, -1)  # a query's scores lie together
         sources, reads = self.bank.sources[..., : self.shape[-1]], []
+        queries = nn.functional.pad(self.queries, (0, with_floor.shape[-1] - self.shape[-1]))
         per_token, newest = sources.flatten(1, 2).transpose(0, 1), sources.unbind()
         for slot, with_its_floor in enumerate(with_floor.unbind()):
             # The readers that find this source the newest: while it grows, then once when it is complete.
             first = max(0, (slot - 1) * self.sublayers_per_block + 1)
             last = min(slot * self.sublayers_per_block, self.num_sublayers)
             of_readers = zip(
-                (*self.queries[first:last].unsqueeze(1).unbind(), self.queries[last:]),
+                (*queries[first:last].unsqueeze(1).unbind(), queries[last:]),
                 all_scores[first : last + 1, : slot + 1].unbind(),
                 (*all_scores[first:last, slot : slot + 1].unbind(), all_scores[last:, slot]),
             )
@@ -149,7 +151,7 @@ class DecodeStream(DepthStream):
         """One softmax over all sources: the mix `[B, T, D]`, and its shares `[n, M]`, which sum to 1."""
         # Only the newest source has changed since the sublayer before. Its channel behind D is the floor of its norm.
         key, _ = torch._weight_norm_interface(read.newest_with_floor, self.ones)
-        torch.mm(read.queries, key[:, : self.shape[-1]].T, out=read.newest_scores)
+        torch.mm(read.queries, key.T, out=read.newest_scores)
         shares = torch.softmax(read.scores, dim=0)
         # Equal scores have the share 1 / n exactly as rounded: nothing is added to the stream.
         weights = shares - 1 / len(shares) if state else shares
