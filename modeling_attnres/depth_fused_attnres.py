@@ -111,7 +111,7 @@ class FusedDecodeSteps(FusedSteps):
         decoded = decode_mix(
             self.bank.sources,
             len(read.scores),
-            read.queries[0],
+            read.query,
             self.norm_floor,
             output=output,
             opens_block=starts_block,

@@ -2,14 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pass over all sources for few tokens, one per sequence or packed into one row, against the naive reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_depth_attention_attnres import EPS, SCHEDULES, random_stack, relative_error
 
-from modeling_attnres import BlockSummaries, attention_residuals
+from modeling_attnres import BlockSummaries, attention_residuals, depth_streams_attnres
 from modeling_attnres.depth_attention_attnres import DepthAttention, plan_depth
 from modeling_attnres.depth_streams_attnres import DecodeStream, open_stream
 from modeling_attnres.depth_weights_attnres import FORMS
+
+
+@pytest.fixture(autouse=True, params=["again", "once"])
+def scoring(request, monkeypatch):
+    """Every test with sources that each mix scores, as on a processor, and with sources that are scored once."""
+    if request.param == "again":
+        return
+
+    def plan(*args, **kwargs):
+        found = plan_depth(*args, **kwargs)
+        return replace(found, bank=replace(found.bank, floor_channels=8, scores_once=True))
+
+    monkeypatch.setattr(depth_streams_attnres, "plan_depth", plan)
 
 
 def one_token(num_sublayers, query_scale, dtype):
