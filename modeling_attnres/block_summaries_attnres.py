@@ -42,15 +42,12 @@ class BankPlan:
         alignment: leading dimensions of products are multiples of it.
         floor_channels: how many channels a source gets behind its own in a decode step. The first holds the floor of its
             norm, which is then part of the norm of all channels.
-        scores_once: score a source of a decode step once for all queries when it is complete, and for one at a time while it
-            grows: fewer calls. Without, every mix scores all sources, which brings them into a processor's cache.
     """
 
     tokens_at_once: int | None = None
     in_half: bool = False
     alignment: int = 1
     floor_channels: int = 1
-    scores_once: bool = False
 
 
 ANY_DEVICE = BankPlan()

@@ -160,8 +160,7 @@ def plan_depth(embedding: torch.Tensor, num_sublayers: int, sublayers_per_block:
     else:
         # Fast products of half precision need addresses of 16 bytes.
         in_half = dtype == torch.bfloat16 and has_kernel("mm.dtype", device)
-        scores_once = has_kernel("_weight_norm_interface", device)
-        bank = BankPlan(in_half=in_half, alignment=8, floor_channels=8, scores_once=scores_once)
+        bank = BankPlan(in_half=in_half, alignment=8, floor_channels=8)
     few = MAX_DECODE_TOKENS_ON_CPU if device == "cpu" else MAX_DECODE_TOKENS
     one_pass = (
         undivided
@@ -170,13 +169,14 @@ def plan_depth(embedding: torch.Tensor, num_sublayers: int, sublayers_per_block:
         and min(batch, tokens) == 1
         and max(batch, tokens) <= few
         and not is_autocast(device)  # it would round scores to half precision
+        and has_kernel("_weight_norm_interface", device)
     )
     files_outputs = undivided and not one_pass and sublayers_per_block == 1
     kernels = False
     if not files_outputs:  # there, one product merges the sources of a group
         kernels = runs_kernels(embedding, 1 + math.ceil(num_sublayers / sublayers_per_block), MAX_GROUP_SUBLAYERS + 1)
     if kernels and one_pass:
-        bank = replace(bank, floor_channels=0, scores_once=False)
+        bank = replace(bank, floor_channels=0)
     return DepthPlan(kernels, one_pass, files_outputs, True, bank)
 
 

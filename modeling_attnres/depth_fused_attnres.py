@@ -111,7 +111,7 @@ class FusedDecodeSteps(FusedSteps):
         decoded = decode_mix(
             self.bank.sources,
             len(read.scores),
-            read.query,
+            read.queries[:, 0],
             self.norm_floor,
             output=output,
             opens_block=starts_block,

@@ -13,7 +13,6 @@ merged. Depth attention is per token, so it does not matter whether tokens lie i
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,23 +85,18 @@ class DecodeRead:
     Deliberately not a tuple: FSDP casts tensors in tuples, and the layer would write to a copy.
 
     Attributes:
-        query: `[D']` in at least fp32, its folded query and zeros. If sources are scored once: `[D', R]`, and where the newest is
-            complete, the queries of all later sublayers follow.
-        dots: `[n * M]`, memory for the products of `rows`; or `[M, R]`, for the scores of the newest.
-        scores: `[n, M]`, of the n sources that it sees, or their products.
-        rows, norms, newest_norm: `[n * M, D']`, `[n, M]` and `[M]`, the sources, their norms and the newest's; `None` if sources
-            are scored once.
+        queries: `[D', R]` in at least fp32, its folded query and zeros. Where the newest source is complete, those of all
+            later sublayers follow.
+        scores: `[n, M]`, its scores of the n sources that it sees.
+        newest_scores: `[M, R]`, memory for the scores that `queries` give the newest source.
         per_token: `[M, n, D]`, the sources.
         newest, newest_with_floor: `[B, T, D]` and `[M, D']`, the last of them.
         opening: `[B, T, D]`, the slot of a block that its output opens; `None` behind the last slot.
     """
 
-    query: torch.Tensor
-    dots: torch.Tensor
+    queries: torch.Tensor
     scores: torch.Tensor
-    rows: torch.Tensor | None
-    norms: torch.Tensor | None
-    newest_norm: torch.Tensor | None
+    newest_scores: torch.Tensor
     per_token: torch.Tensor
     newest: torch.Tensor
     newest_with_floor: torch.Tensor
@@ -134,49 +128,31 @@ class DecodeStream(DepthStream):
 
     def _make_reads(self) -> list[DecodeRead]:
         """Those of all sublayers, from as few operations as there can be: a server makes a bank for each step."""
-        with_floor, sources = self.bank.sources.flatten(1, 2), self.bank.sources[..., : self.shape[-1]]
-        per_token, newest, reads = sources.flatten(1, 2).transpose(0, 1), sources.unbind(), []
+        with_floor, capacity = self.bank.sources.flatten(1, 2), len(self.bank.sources)
+        all_scores = self.bank.scores.view(len(self.queries), capacity, -1)  # a query's scores lie together
+        sources, reads = self.bank.sources[..., : self.shape[-1]], []
         queries = nn.functional.pad(self.queries, (0, with_floor.shape[-1] - self.shape[-1]))
-        scoring = self._score_once if self.plan.bank.scores_once else self._score_again
-        for slot, newest_with_floor in enumerate(with_floor.unbind()):
+        per_token, newest = sources.flatten(1, 2).transpose(0, 1), sources.unbind()
+        for slot, with_its_floor in enumerate(with_floor.unbind()):
             # The readers that find this source the newest: while it grows, then once when it is complete.
             first = max(0, (slot - 1) * self.sublayers_per_block + 1)
             last = min(slot * self.sublayers_per_block, self.num_sublayers)
+            of_readers = zip(
+                (*queries[first:last].unsqueeze(-1).unbind(), queries[last:].T),
+                all_scores[first : last + 1, : slot + 1].unbind(),
+                (*all_scores[first:last, slot].unsqueeze(-1).unbind(), all_scores[last:, slot].T),
+            )
             opening = newest[slot + 1] if slot + 1 < len(newest) else None
-            of_source = (per_token[:, : slot + 1], newest[slot], newest_with_floor, opening)
-            reads += [DecodeRead(*of_reader, *of_source) for of_reader in scoring(queries, slot, first, last)]
+            of_source = (per_token[:, : slot + 1], newest[slot], with_its_floor, opening)
+            reads += [DecodeRead(*of_reader, *of_source) for of_reader in of_readers]
         return reads
-
-    def _score_again(self, queries: torch.Tensor, slot: int, first: int, last: int) -> Iterator[tuple]:
-        """How each reader scores all n sources: they are in a processor's cache for their sum then."""
-        norms, num_sources = self.bank.norms.flatten(1), slot + 1
-        rows = self.bank.sources[:num_sources].flatten(0, 2)
-        dots = self.bank.scores.flatten()[: len(rows)]
-        of_source = (dots, dots.view(num_sources, -1), rows, norms[:num_sources], norms[slot])
-        return ((query, *of_source) for query in queries[first : last + 1].unbind())
-
-    def _score_once(self, queries: torch.Tensor, slot: int, first: int, last: int) -> Iterator[tuple]:
-        """How readers score the newest source: each for itself while it grows, the last for all later ones as well."""
-        scores = self.bank.scores.view(len(queries), len(self.bank.norms), -1)  # a query's scores lie together
-        of_readers = zip(
-            (*queries[first:last].unsqueeze(-1).unbind(), queries[last:].T),
-            (*scores[first:last, slot].unsqueeze(-1).unbind(), scores[last:, slot].T),
-            scores[first : last + 1, : slot + 1].unbind(),
-        )
-        return ((*of_reader, None, None, None) for of_reader in of_readers)
 
     def mix(self, read: DecodeRead, *state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One softmax over all sources: the mix `[B, T, D]`, and its shares `[n, M]`, which sum to 1."""
         # Only the newest source has changed since the sublayer before. Its channel behind D is the floor of its norm.
-        if read.rows is None:
-            key, _ = torch._weight_norm_interface(read.newest_with_floor, self.ones)
-            torch.mm(key, read.query, out=read.dots)
-            scores = read.scores
-        else:
-            torch.linalg.vector_norm(read.newest_with_floor, dim=-1, out=read.newest_norm)
-            torch.mv(read.rows, read.query, out=read.dots)
-            scores = read.scores / read.norms
-        shares = torch.softmax(scores, dim=0)
+        key, _ = torch._weight_norm_interface(read.newest_with_floor, self.ones)
+        torch.mm(key, read.queries, out=read.newest_scores)
+        shares = torch.softmax(read.scores, dim=0)
         if not state:
             mix = torch.bmm(shares.T.unsqueeze(1), read.per_token).view(self.shape)
             return mix.to(self.dtype), shares

@@ -264,10 +264,12 @@ class AttnResModel(AttnResPreTrainedModel):
         # Beside the embedding, where the bank lies, also if a device map has put the module elsewhere.
         folded = bank.fold_queries(self.depth_attention, embedding)
         queries, norm_floor = (tensor.to(embedding.device) for tensor in folded)
+        if 2 * len(layers) + 1 < len(queries):  # an early exit; else the bank knows them from the step before
+            queries = queries[: 2 * len(layers) + 1]
         depth = open_stream(
             self.depth_form,
             embedding,
-            queries[: 2 * len(layers) + 1],
+            queries,
             norm_floor,
             bank,
             self.config.sublayers_per_block,

@@ -14,15 +14,13 @@ from modeling_attnres.depth_streams_attnres import DecodeStream, open_stream
 from modeling_attnres.depth_weights_attnres import FORMS
 
 
-@pytest.fixture(autouse=True, params=["again", "once"])
-def scoring(request, monkeypatch):
-    """Every test with sources that each mix scores, as on a processor, and with sources that are scored once."""
-    if request.param == "again":
-        return
+@pytest.fixture(autouse=True, params=[1, 8])
+def floor_channels(request, monkeypatch):
+    """Every test as on a processor, and with the channels that other devices add to a source."""
 
     def plan(*args, **kwargs):
         found = plan_depth(*args, **kwargs)
-        return replace(found, bank=replace(found.bank, floor_channels=8, scores_once=True))
+        return replace(found, bank=replace(found.bank, floor_channels=request.param))
 
     monkeypatch.setattr(depth_streams_attnres, "plan_depth", plan)
 

@@ -203,15 +203,9 @@ def test_a_second_backward_is_refused_with_the_way_out():
         ("cpu", torch.bfloat16, (2, 64), False, BankPlan(tokens_at_once=64)),
         ("cpu", torch.float32, (1, 2048), False, BankPlan(tokens_at_once=64)),
         ("cpu", torch.float32, (1, 2048), True, BankPlan(tokens_at_once=64)),
-        ("meta", torch.float32, (4, 4096), True, BankPlan(alignment=8, floor_channels=8, scores_once=True)),
-        (
-            "meta",
-            torch.bfloat16,
-            (4, 4096),
-            False,
-            BankPlan(alignment=8, in_half=True, floor_channels=8, scores_once=True),
-        ),
-        ("meta", torch.float16, (4, 4096), False, BankPlan(alignment=8, floor_channels=8, scores_once=True)),
+        ("meta", torch.float32, (4, 4096), True, BankPlan(alignment=8, floor_channels=8)),
+        ("meta", torch.bfloat16, (4, 4096), False, BankPlan(alignment=8, in_half=True, floor_channels=8)),
+        ("meta", torch.float16, (4, 4096), False, BankPlan(alignment=8, floor_channels=8)),
     ],
 )
 def test_products_go_by_device_dtype_and_tokens(device, dtype, shape, gradients, expected):

@@ -173,11 +173,12 @@ class _Recorder(BlockSummaries):
 
     def __init__(self):
         super().__init__()
-        self.addresses = []
+        self.addresses, self.reads = [], []
 
     def reset(self, *args, **kwargs):
         super().reset(*args, **kwargs)
         self.addresses.append((self.sources.shape[2], self.sources.data_ptr()))
+        self.reads.append(self.decode_reads)
 
 
 @pytest.mark.parametrize("sublayers_per_block", [1, 2, 3, 8])
@@ -191,6 +192,10 @@ def test_decode_steps_reuse_one_allocation(sublayers_per_block):
             outputs = model(token, past_key_values=outputs.past_key_values, use_cache=True, block_summaries=bank)
     assert [tokens for tokens, _ in bank.addresses] == [12, 1, 1, 1, 1, 1]
     assert len({address for tokens, address in bank.addresses if tokens == 1}) == 1
+    # The second step finds the views that the first one made, and all later ones the same.
+    assert bank.reads[:2] == [None, None]
+    assert bank.reads[2] is not None
+    assert all(reads is bank.reads[2] for reads in bank.reads[3:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
