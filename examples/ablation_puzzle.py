@@ -138,12 +138,18 @@ class Study:
         return prenorm if variant == "prenorm" else self.sweep(depth_rates(prenorm, variant), STARTS[variant])
 
     def best_own_rates(self, variant: str, condition: Run) -> Run:
-        """A variant at the best rate of its own for the backbone, and then at its best depth rate beside that."""
+        """A variant at rates of its own: neither the backbone's nor the depth rate's neighbours do better."""
         if variant == "prenorm":
             return self.best_one_rate(variant, condition)
-        share = DEPTH_SHARES[STARTS[variant][1]]
-        runs = [replace(condition, variant=variant, lr=rate, depth_lr=share * rate) for rate in RATES]
-        return self.sweep(depth_rates(self.sweep(runs, start=[2, 3]), variant), STARTS[variant])
+        rate, share, before = 3, STARTS[variant][1], None
+        while (rate, share) != before:
+            before = rate, share
+            along = [depth_rates(replace(condition, lr=lr), variant)[share] for lr in RATES]
+            best = self.sweep(along, [rate])
+            rate, across = along.index(best), depth_rates(best, variant)
+            best = self.sweep(across, [share])
+            share = across.index(best)
+        return best
 
 
 def depth_rates(run: Run, variant: str) -> list[Run]:

@@ -136,13 +136,15 @@ def test_rates_are_chosen_apart_from_what_is_reported(tmp_path):
 
 
 def test_a_row_of_the_table_has_two_rates_of_its_own(tmp_path):
-    """Full is best at 6e-3, and there with a depth rate of a sixteenth; each rate is tried beside the other's best."""
-    for index, rate in enumerate(puzzle.RATES):
-        record(tmp_path, replace(puzzle.TABLE, variant="full", lr=rate, depth_lr=rate), 3 + abs(index - 2))
-    for index, run in enumerate(puzzle.depth_rates(replace(puzzle.TABLE, lr=6e-3), "full")):
-        record(tmp_path, run, 2 + abs(index - 2))
+    """A valley across the grid: the best rate beside the first depth rate is not the one beside the last."""
+    for rate_index, rate in enumerate(puzzle.RATES):
+        for share_index, run in enumerate(puzzle.depth_rates(replace(puzzle.TABLE, lr=rate), "full")):
+            record(tmp_path, run, 2 + 0.1 * (rate_index + share_index - 6) ** 2 + 0.1 * (share_index - 2) ** 2)
     found = puzzle.Study(tmp_path).best_own_rates("full", puzzle.TABLE)
-    assert (found.lr, found.depth_lr) == (6e-3, 6e-3 / 16)
+    assert (found.lr, found.depth_lr) == (puzzle.RATES[3], puzzle.RATES[3] / 4)
+    for neighbour in (puzzle.RATES[2], puzzle.RATES[4]):
+        beside = replace(found, lr=neighbour, depth_lr=neighbour / 4)
+        assert puzzle.Study(tmp_path).find(beside)["loss"] > puzzle.Study(tmp_path).find(found)["loss"]
 
 
 def test_differences_are_paired(tmp_path):
