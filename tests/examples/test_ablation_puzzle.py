@@ -147,6 +147,18 @@ def test_a_row_of_the_table_has_two_rates_of_its_own(tmp_path):
         assert puzzle.Study(tmp_path).find(beside)["loss"] > puzzle.Study(tmp_path).find(found)["loss"]
 
 
+def test_a_rate_that_fails_in_another_seed_is_halved(tmp_path):
+    """Full at 0.012 is best in seed 0 and worst over all seeds; PreNorm has no depth rate to halve."""
+    study = puzzle.Study(tmp_path)
+    for variant, losses in {"full": ((2.0, 4.0, 3.0), (2.5, 2.5, 2.5)), "prenorm": ((2.0,) * 3, (2.5,) * 3)}.items():
+        run = replace(puzzle.TABLE, variant=variant, lr=0.012, depth_lr=0.003)
+        half = replace(run, lr=0.006, depth_lr=0.0015 if variant == "full" else 0.003)
+        for candidate, of_seeds in zip((run, half), losses):
+            for seed, loss in enumerate(of_seeds):
+                record(tmp_path, replace(candidate, seed=seed), loss)
+        assert study.steadier(run) == (half if variant == "full" else run)
+
+
 def test_differences_are_paired(tmp_path):
     record_rates(tmp_path)
     study = puzzle.Study(tmp_path)
