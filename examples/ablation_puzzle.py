@@ -139,16 +139,15 @@ class Study:
         return prenorm if variant == "prenorm" else self.sweep(depth_rates(prenorm, variant), STARTS[variant])
 
     def steadier(self, run: Run) -> Run:
-        """`run`, or the same at half of its rates if that does better over all seeds.
+        """`run`, or the same at half of its rates if that does better over the seeds that both have run.
 
         The rate that is best in one seed can lie at the edge of where training goes well, and beyond it in the next.
         """
-        depth_lr = run.depth_lr if run.variant == "prenorm" else run.depth_lr / 2
-
-        def loss(candidate: Run) -> float:
-            return statistics.fmean(self.result(replace(candidate, seed=seed))["choosing_loss"] for seed in SEEDS)
-
-        return min(run, replace(run, lr=run.lr / 2, depth_lr=depth_lr), key=loss)
+        found = [[self.find(replace(each, seed=seed)) for each in (run, halved(run))] for seed in SEEDS]
+        if not (both := [pair for pair in found if all(pair)]):
+            return run
+        losses = [statistics.fmean(result["choosing_loss"] for result in results) for results in zip(*both)]
+        return run if losses[0] <= losses[1] else halved(run)
 
     def best_own_rates(self, variant: str, condition: Run) -> Run:
         """A variant at rates of its own: neither the backbone's nor the depth rate's neighbours do better."""
@@ -167,6 +166,16 @@ class Study:
 
 def depth_rates(run: Run, variant: str) -> list[Run]:
     return [replace(run, variant=variant, depth_lr=share * run.lr) for share in DEPTH_SHARES]
+
+
+def halved(run: Run) -> Run:
+    """At half of its rates."""
+    return replace(run, lr=run.lr / 2, depth_lr=run.depth_lr if run.variant == "prenorm" else run.depth_lr / 2)
+
+
+def with_halves(best: list[Run]) -> list[Run]:
+    """The runs and the same at half of their rates, in all seeds: what [`Study.steadier`] chooses from."""
+    return [replace(each, seed=seed) for seed in SEEDS for run in best for each in (run, halved(run))]
 
 
 def at_one_rate(run: Run) -> Run:
@@ -226,14 +235,12 @@ def plan_larger(study: Study) -> list[Run]:
 
 def plan_table(study: Study) -> list[Run]:
     """Every row of Table 4 that the package has, in deeper models, at rates of their own for all parameters."""
-    best = [study.steadier(study.best_own_rates(variant, TABLE)) for variant in PAPER]
-    return [replace(run, seed=seed) for seed in SEEDS for run in best]
+    return with_halves([study.best_own_rates(variant, TABLE) for variant in PAPER])
 
 
 def plan_shapes(study: Study) -> list[Run]:
     """Deep and narrow to shallow and wide, both variants at their best rate in every shape."""
-    best = [study.best_one_rate(variant, shape) for shape in SHAPES for variant in SHAPES_ROWS]
-    return [replace(study.steadier(run), seed=seed) for seed in SEEDS for run in best]
+    return with_halves([study.best_one_rate(variant, shape) for shape in SHAPES for variant in SHAPES_ROWS])
 
 
 def plan_steps(study: Study) -> list[Run]:
