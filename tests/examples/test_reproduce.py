@@ -52,8 +52,10 @@ def test_the_report_compares_runs_of_the_same_seed(tmp_path):
         for seed, loss in enumerate(values):
             finish(tmp_path / "small" / f"{name}-{seed}", loss)
     finish(tmp_path / "ablation" / "static-0", 1.95)
-    finish(tmp_path / "ablation" / "static-1", 2.05)
+    finish(tmp_path / "ablation" / "static-1", 2.15)
     finish(tmp_path / "ablation" / "sigmoid-2", 2.5)
+    finish(tmp_path / "ablation" / "prenorm-1", 2.3)  # not that of small/, which the row of Full is compared with
+    finish(tmp_path / "ablation" / "prenorm-2", 2.4)
     finish(tmp_path / "sizes" / "200k-prenorm-0", 4.0, parameters=250)
     finish(tmp_path / "sizes" / "2m-prenorm-0", 1.0, parameters=4000)
     finish(tmp_path / "sizes" / "200k-block-0", 3.0, parameters=250)
@@ -65,7 +67,7 @@ def test_the_report_compares_runs_of_the_same_seed(tmp_path):
     assert float(block["its standard deviation"]) == pytest.approx(0.1 / math.sqrt(3))
     ablation = table(tmp_path / "report" / "ablation.csv")
     static = {name: float(value) for name, value in ablation["static"].items() if name != "variant"}
-    assert (static["seeds"], static["held-out loss"]) == (2, pytest.approx(2.0))
+    assert (static["seeds"], static["held-out loss"]) == (2, pytest.approx(2.05))
     assert static["difference from PreNorm"] == pytest.approx((-0.05 - 0.15) / 2)
     assert static["high"] == pytest.approx(-0.1 + 12.7062 * 0.05)  # Student's t with one degree of freedom
     assert math.isnan(static["seed 2"])
@@ -87,6 +89,7 @@ def test_a_report_keeps_the_figures_of_runs_whose_folders_are_gone(tmp_path, cap
     report = ["--report", str(tmp_path / "report")]
     for name, loss in {"prenorm": 2.0, "full": 1.9}.items():
         finish(tmp_path / "first" / "small" / f"{name}-1", loss)
+    finish(tmp_path / "first" / "ablation" / "prenorm-1", 2.0)
     finish(tmp_path / "first" / "ablation" / "static-1", 1.8)
     finish(tmp_path / "second" / "ablation" / "sigmoid-1", 1.7)
     finish(tmp_path / "second" / "ablation" / "static-1", 1.6)
@@ -100,7 +103,11 @@ def test_a_report_keeps_the_figures_of_runs_whose_folders_are_gone(tmp_path, cap
     # A folder takes precedence over the figure that an earlier report kept.
     assert found == pytest.approx({"prenorm": 0, "full": -0.1, "static": -0.4, "sigmoid": -0.3})
     days = {row["run"]: row["day"] for row in csv.DictReader((tmp_path / "report" / "runs.csv").open())}
-    assert list(days) == ["small/prenorm-1", "small/full-1", "ablation/static-1", "ablation/sigmoid-1"]
+    assert list(days) == [
+        "small/prenorm-1",
+        "small/full-1",
+        *(f"ablation/{name}-1" for name in ("prenorm", "static", "sigmoid")),
+    ]
     assert all(len(day.split("-")) == 3 for day in days.values())
 
 
