@@ -62,7 +62,7 @@ SIZES = {"200k": ("llama-800k", f"text_config={NARROW}"), "800k": ("llama-800k",
 def runs() -> dict[str, tuple[str, str, int]]:
     """Every run's folder, preset, override and seed."""
     found = {f"small/{name}-{seed}": (f"llama-800k-{name}", "", seed) for seed in SEEDS for name in VARIANTS}
-    # The later seeds were run after the others and elsewhere, where rounding differs: they have a PreNorm of their own.
+    # The later seeds were run days after the rest, and reruns differ in the third digit: they have a PreNorm of their own.
     found |= {f"ablation/prenorm-{seed}": ("llama-800k-prenorm", "", seed) for seed in SEEDS[1:]}
     found |= {
         f"ablation/{name}-{seed}": (preset, override, seed)
