@@ -1,19 +1,19 @@
 # SPDX-FileCopyrightText: 2026 The modeling-attnres maintainers
 # SPDX-License-Identifier: Apache-2.0
-"""Why a small ablation can turn the paper's Table 4 around: every row at a depth rate of its own, and controls.
+"""Why a small ablation can turn the paper's Table 4 around: rates of its own for every row, controls, and shapes.
 
     python examples/ablation_puzzle.py run --text path/to/texts --output runs/puzzle
     python examples/ablation_puzzle.py report --output runs/puzzle --report docs/evidence
 
 `run` trains what has no result yet, stage by stage, one file per run; interrupt it and start it again as you like. Later
-stages take the rates that the first one found best. Some held-out blocks choose rates, others are reported. A run is one
-process on one thread; `--stages` runs some of them.
+stages take the rates that the first one found best; `table` (every row, in deeper models) and `shapes` (depth against width)
+choose their own. Some held-out blocks choose rates, others are reported. A run is one process on one thread; `--stages` runs
+some of them. `report` writes the parts whose rates are chosen: puzzle-*, table*, shapes*.
 """
 
 import argparse
 import csv
 import json
-import math
 import os
 import statistics
 import sys
@@ -22,19 +22,35 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import torch
+
 from modeling_attnres.command_line import Result, ToolParser, positive_number, run_tool
+from modeling_attnres.eval.causal_report import rank_correlation
+from modeling_attnres.tables import markdown_table
 
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ablation_training import Data, Run, train
+from seeds import interval, spread
 
 
 # The conditions that rates are chosen in: small enough for three seeds of everything, and a larger one
 FIRST = Run("prenorm", layers=4, width=32, steps=200)
 LARGER = Run("prenorm", layers=6, width=64, steps=320)
+# That of the whole table: twice the depth of the first, or a window of 8 would be no window and blocks of 8 no blocks
+TABLE = replace(FIRST, layers=8)
 ROWS = ("prenorm", "full", "static", "input-dependent")
-PAPER = {"prenorm": 1.766, "full": 1.737, "static": 1.749, "input-dependent": 1.731}  # Table 4
+# The paper's validation losses at 436M (Table 4 and, of the block sizes, its sweep of them)
+PAPER = {"prenorm": 1.766, "full": 1.737, "static": 1.749, "input-dependent": 1.731}
+PAPER |= {"sigmoid": 1.741, "no-key-norm": 1.743, "sliding-window": 1.764}
+PAPER |= {"block-s2": 1.746, "block-s4": 1.746, "block-s8": 1.748, "block-s16": 1.753}
+PAPER |= {"block-s4-heads16": 1.752, "block-s4-no-key-norm": 1.750}
+# Of 0.79M to 0.80M parameters without the embedding; about eight blocks in each (four sublayers make four)
+SHAPES = [
+    replace(FIRST, layers=layers, width=width) for layers, width in ((2, 180), (4, 128), (7, 96), (16, 64), (28, 48))
+]
+SHAPES_ROWS = ("prenorm", "block-n8")
 SEEDS = (0, 1, 2)
 RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
 DEPTH_SHARES = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64)  # of the rate of everything else
@@ -51,10 +67,15 @@ STYLES = {
 # Which of them are tried in any case
 STARTS = {"full": [3, 4, 5], "static": [5, 6, 7], "input-dependent": [1, 2, 3]}
 STARTS |= {"full-mean-keys": [4, 5], "static-softmax": [6, 7], "query-and-logits": [4, 5]}
+STARTS |= {variant: [3, 4, 5] for variant in PAPER if variant not in ("prenorm", *STARTS)}
 EARLY = 20  # the step that early depth statistics are reported of
 
 
 # --- The study -------------------------------------------------------------------------------------------------------
+
+
+class MissingRun(ValueError):
+    """A run that rates are chosen from has no result."""
 
 
 class Study:
@@ -77,8 +98,8 @@ class Study:
     def result(self, run: Run) -> dict:
         found = self.find(run)
         if found is None and self.data is None:
-            raise ValueError(
-                f"`--output` must hold the runs of the stage `rates`, got {self.folder} without {run.name}."
+            raise MissingRun(
+                f"`--output` must hold the runs that rates are chosen from, got {self.folder} without {run.name}."
             )
         return self.train(run) if found is None else found
 
@@ -107,15 +128,54 @@ class Study:
                 return runs[best]
             tried += beyond
 
+    def best_one_rate(self, variant: str, condition: Run) -> Run:
+        """A variant at its best rate for all parameters, those of depth attention too."""
+        runs = [at_one_rate(replace(condition, variant=variant, lr=rate)) for rate in RATES]
+        return self.sweep(runs, start=[1, 2, 3])
+
     def best(self, variant: str, condition: Run | None = None) -> Run:
         """PreNorm at its best rate; another variant at that rate and its best depth rate. By default in `FIRST`."""
-        runs = [replace(condition or FIRST, lr=rate) for rate in RATES]
-        prenorm = self.sweep(runs, start=[1, 2, 3])
+        prenorm = self.best_one_rate("prenorm", condition or FIRST)
         return prenorm if variant == "prenorm" else self.sweep(depth_rates(prenorm, variant), STARTS[variant])
 
+    def steadier(self, run: Run) -> Run:
+        """`run`, or the same at half of its rates if that does better over the seeds that both have run.
 
-def depth_rates(prenorm: Run, variant: str) -> list[Run]:
-    return [replace(prenorm, variant=variant, depth_lr=share * prenorm.lr) for share in DEPTH_SHARES]
+        The rate that is best in one seed can lie at the edge of where training goes well, and beyond it in the next.
+        """
+        found = [[self.find(replace(each, seed=seed)) for each in (run, halved(run))] for seed in SEEDS]
+        if not (both := [pair for pair in found if all(pair)]):
+            return run
+        losses = [statistics.fmean(result["choosing_loss"] for result in results) for results in zip(*both)]
+        return run if losses[0] <= losses[1] else halved(run)
+
+    def best_own_rates(self, variant: str, condition: Run) -> Run:
+        """A variant at rates of its own: neither the backbone's nor the depth rate's neighbours do better."""
+        if variant == "prenorm":
+            return self.best_one_rate(variant, condition)
+        rate, share, before = 3, STARTS[variant][1], None
+        while (rate, share) != before:
+            before = rate, share
+            along = [depth_rates(replace(condition, lr=lr), variant)[share] for lr in RATES]
+            best = self.sweep(along, [rate])
+            rate, across = along.index(best), depth_rates(best, variant)
+            best = self.sweep(across, [share])
+            share = across.index(best)
+        return best
+
+
+def depth_rates(run: Run, variant: str) -> list[Run]:
+    return [replace(run, variant=variant, depth_lr=share * run.lr) for share in DEPTH_SHARES]
+
+
+def halved(run: Run) -> Run:
+    """At half of its rates."""
+    return replace(run, lr=run.lr / 2, depth_lr=run.depth_lr if run.variant == "prenorm" else run.depth_lr / 2)
+
+
+def with_halves(best: list[Run]) -> list[Run]:
+    """The runs and the same at half of their rates, in all seeds: what [`Study.steadier`] chooses from."""
+    return [replace(each, seed=seed) for seed in SEEDS for run in best for each in (run, halved(run))]
 
 
 def at_one_rate(run: Run) -> Run:
@@ -173,6 +233,16 @@ def plan_larger(study: Study) -> list[Run]:
     return [study.best(variant, LARGER) for variant in (*ROWS, "full-mean-keys", "static-softmax")]
 
 
+def plan_table(study: Study) -> list[Run]:
+    """Every row of Table 4 that the package has, in deeper models, at rates of their own for all parameters."""
+    return with_halves([study.best_own_rates(variant, TABLE) for variant in PAPER])
+
+
+def plan_shapes(study: Study) -> list[Run]:
+    """Deep and narrow to shallow and wide, both variants at their best rate in every shape."""
+    return with_halves([study.best_one_rate(variant, shape) for shape in SHAPES for variant in SHAPES_ROWS])
+
+
 def plan_steps(study: Study) -> list[Run]:
     """Four times the steps."""
     return [replace(run, steps=4 * run.steps) for run in plan_rates(study)]
@@ -189,6 +259,8 @@ STAGES = {
     "larger": plan_larger,
     "steps": plan_steps,
     "queries": plan_queries,
+    "table": plan_table,
+    "shapes": plan_shapes,
 }
 
 
@@ -210,11 +282,6 @@ def flat(result: dict) -> dict:
     return {**result["run"], **{name: "" if value is None else round(value, 5) for name, value in numbers.items()}}
 
 
-def spread(values) -> float:
-    values = list(values)
-    return statistics.stdev(values) if len(values) > 1 else math.nan
-
-
 def compare(study: Study, rates: str, runs: list[Run]) -> list[dict]:
     """Mean and spread over the seeds that have run, and the paired difference from `runs[0]`: same seed and batches."""
     losses = []
@@ -228,18 +295,29 @@ def compare(study: Study, rates: str, runs: list[Run]) -> list[dict]:
             row = {"depth rates": rates, "variant": run.variant, "lr": run.lr, "depth_lr": run.depth_lr}
             row |= {"layers": run.layers, "width": run.width, "steps": run.steps, "batch": run.batch}
             row |= {"seeds": len(differences), "loss": statistics.fmean(of_seeds.values())}
-            row |= {"spread": spread(of_seeds.values()), "difference": statistics.fmean(differences)}
-            row |= {"its spread": spread(differences), "paper": PAPER[run.variant] - PAPER["prenorm"]}
+            row |= {"spread": spread(list(of_seeds.values())), "difference": statistics.fmean(differences)}
+            row |= {"its spread": spread(differences)} | dict(zip(("low", "high"), interval(differences)))
+            row |= {"paper": PAPER[run.variant] - PAPER["prenorm"]} if run.variant in PAPER else {}
             rows.append(row)
     return rows
 
 
-def compare_all(study: Study) -> list[dict]:
+def compare_puzzle(study: Study) -> list[dict]:
     best = plan_rates(study)
     rows = compare(study, "one", [at_one_rate(run) for run in best])
     rows += compare(study, "own", best)
     rows += compare(study, "own, of fewer steps", plan_steps(study))
     return rows
+
+
+def compare_table(study: Study) -> list[dict]:
+    return compare(study, "own", [study.steadier(study.best_own_rates(variant, TABLE)) for variant in PAPER])
+
+
+def compare_shapes(study: Study) -> list[dict]:
+    best = [[study.steadier(study.best_one_rate(variant, shape)) for variant in SHAPES_ROWS] for shape in SHAPES]
+    rows = [row for runs in best for row in compare(study, "one", runs)]
+    return [{name: value for name, value in row.items() if name != "paper"} for row in rows]
 
 
 def draw_rates(axis, study: Study, condition: Run):
@@ -271,26 +349,75 @@ def draw_entropies(axis, study: Study, rate_of: Callable[[Run], Run]):
     axis.legend(loc="lower left")
 
 
-def draw(study: Study, folder: Path):
+def losses_of(study: Study, row: dict) -> dict[int, float]:
+    """The reported losses of a row of `compare`, by seed."""
+    run = replace(FIRST, **{name: row[name] for name in ("variant", "lr", "depth_lr", "layers", "width")})
+    return {seed: result["loss"] for seed in SEEDS if (result := study.find(replace(run, seed=seed)))}
+
+
+def draw_table(figure, study: Study, rows: list[dict]):
+    """Paired differences from PreNorm, in the paper's order from its best row down."""
+    axis = figure.subplots()
+    base, *others = rows
+    others = sorted(others, key=lambda row: -row["paper"])
+    plain = losses_of(study, base)
+    axis.axvline(0, color="0.6", linestyle="--")
+    for place, row in enumerate(others):
+        axis.plot([row["low"], row["high"]], [place, place], color="black", linewidth=1.2)
+        differences = [loss - plain[seed] for seed, loss in losses_of(study, row).items() if seed in plain]
+        axis.plot(differences, [place] * len(differences), "o", color="tab:blue", markersize=4, fillstyle="none")
+        axis.plot(row["difference"], place, "D", color="black", markersize=5)
+    labels = [f"{row['variant']}  ({row['paper']:+.3f})" for row in others]
+    axis.set_yticks(range(len(others)), labels)
+    axis.set(
+        xlabel="held-out loss minus PreNorm's: mean, 95 % interval, seeds", ylabel="variant (the paper's difference)"
+    )
+
+
+def draw_shapes(figure, study: Study, rows: list[dict]):
+    """Loss against width per layer: shallow and wide to the right."""
+    axis = figure.subplots()
+    for variant, (color, marker, line) in zip(SHAPES_ROWS, (("0.5", "s", "--"), ("black", "o", "-"))):
+        found = [row for row in rows if row["variant"] == variant]
+        ratios = [row["width"] / row["layers"] for row in found]
+        axis.plot(ratios, [row["loss"] for row in found], color=color, linestyle=line, marker=marker, label=variant)
+        for ratio, row in zip(ratios, found):
+            seeds = losses_of(study, row).values()
+            axis.plot([ratio] * len(seeds), seeds, marker, color=color, markersize=4, fillstyle="none", linestyle="")
+    axis.set_xscale("log")
+    ticks = {
+        shape.width / shape.layers: f"{shape.width / shape.layers:.3g}\n{shape.layers} x {shape.width}"
+        for shape in SHAPES
+    }
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.minorticks_off()
+    axis.set(xlabel="width / decoder layers, and both", ylabel="held-out loss: mean and seeds")
+    axis.legend()
+
+
+def draw_puzzle_rates(figure, study: Study):
+    axes = figure.subplots(1, 2)
+    draw_rates(axes[0], study, FIRST)
+    if study.find(replace(LARGER, lr=RATES[2])):
+        draw_rates(axes[1], study, LARGER)
+
+
+def draw_puzzle_entropies(figure, study: Study):
+    axes = figure.subplots(1, 2)
+    for axis, rate_of, title in zip(axes, (at_one_rate, replace), ("One rate for everything", "Own depth rates")):
+        draw_entropies(axis, study, rate_of)
+        axis.set_title(title)
+
+
+def draw(path: Path, draw_on: Callable, *arguments, size: tuple[float, float] = (11, 4.6)):
     # Without pyplot: no display, and the user's backend stays as it is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    for name in ("puzzle-rates", "puzzle-entropy"):
-        figure = Figure(figsize=(11, 4.6), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, 2)
-        if name == "puzzle-rates":
-            draw_rates(axes[0], study, FIRST)
-            if study.find(replace(LARGER, lr=RATES[2])):
-                draw_rates(axes[1], study, LARGER)
-        else:
-            for axis, rate_of, title in zip(
-                axes, (at_one_rate, replace), ("One rate for everything", "Own depth rates")
-            ):
-                draw_entropies(axis, study, rate_of)
-                axis.set_title(title)
-        figure.savefig(folder / f"{name}.png", dpi=110)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw_on(figure, *arguments)
+    figure.savefig(path, dpi=110)
 
 
 def write_table(rows: list[dict], path: Path):
@@ -300,18 +427,48 @@ def write_table(rows: list[dict], path: Path):
         writer.writerows(rows)
 
 
+def part_of(run: dict) -> str:
+    """The part of the report that a run belongs to, by the model's shape."""
+    shape = (run["layers"], run["width"])
+    if shape == (TABLE.layers, TABLE.width):
+        return "table"
+    return "shapes" if shape in {(other.layers, other.width) for other in SHAPES} else "puzzle"
+
+
+def print_rows(name: str, rows: list[dict]):
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+    print(f"{name}\n\n{markdown_table(list(rows[0]), cells)}\n")
+    if name == "table":
+        columns = [torch.tensor([row[column] for row in rows]) for column in ("difference", "paper")]
+        if found := rank_correlation(*columns):
+            print(f"rank correlation with the paper: {found.value:.2f} ({found.low:.2f} to {found.high:.2f})\n")
+
+
 def report(study: Study, folder: Path):
-    rows = compare_all(study)
+    """Writes the parts whose rates are chosen, and names a run that each of the others lacks."""
+    tables, missing = {}, {}
+    for name, rows_of in {"puzzle": compare_puzzle, "table": compare_table, "shapes": compare_shapes}.items():
+        try:
+            tables[name] = rows_of(study)
+        except MissingRun as error:
+            missing[name] = error
+    if not tables:
+        raise missing["puzzle"]
     folder.mkdir(parents=True, exist_ok=True)
     results = [json.loads(path.read_text()) for path in sorted(study.folder.glob("*.json"))]
-    write_table([flat(result) for result in results], folder / "puzzle-runs.csv")
-    write_table(rows, folder / "puzzle-rows.csv")
-    draw(study, folder)
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print(
-            "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()) + " |"
-        )
+    for name, rows in tables.items():
+        write_table([flat(each) for each in results if part_of(each["run"]) == name], folder / f"{name}-runs.csv")
+        write_table(rows, folder / f"{name}-rows.csv")
+        print_rows(name, rows)
+    if "puzzle" in tables:
+        draw(folder / "puzzle-rates.png", draw_puzzle_rates, study)
+        draw(folder / "puzzle-entropy.png", draw_puzzle_entropies, study)
+    if "table" in tables:
+        draw(folder / "table.png", draw_table, study, tables["table"], size=(8, 5))
+    if "shapes" in tables:
+        draw(folder / "shapes.png", draw_shapes, study, tables["shapes"], size=(8, 4.6))
+    for name, error in missing.items():
+        print(f"{name} is left out: {error}")
 
 
 def build_parser() -> ToolParser:

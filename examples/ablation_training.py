@@ -119,19 +119,39 @@ def replaced(module: type[nn.Module] | None, form: SourcesForm):
     return change
 
 
-# name -> `depth_attention_type` (None: the plain backbone), and what is changed in the model that is built
+# name -> fields of the configuration (None: the plain backbone), and what is changed in the model that is built
 VARIANTS = {
     "prenorm": (None, None),
-    "full": ("softmax", None),
-    "static": ("static", None),
-    "input-dependent": ("input_dependent", None),
-    "static-softmax": ("static", replaced(StaticLogits, SourcesForm(learned_scalars, softmax))),
-    "query-and-logits": ("softmax", replaced(QueryAndLogits, SourcesForm(scores_and_logits))),
-    "full-mean-keys": ("softmax", replaced(None, SourcesForm(scores_of_mean_keys))),
-    "query-and-projection": ("input_dependent", replaced(QueryAndProjection, SourcesForm(biased_scores))),
-    "input-dependent-from-stream": ("input_dependent", replaced(None, SourcesForm(scores_from_the_stream))),
-    "full-frozen-key-norm": ("softmax", frozen_key_norms),
-    "input-dependent-frozen-key-norm": ("input_dependent", frozen_key_norms),
+    "full": ({}, None),
+    "static": ({"depth_attention_type": "static"}, None),
+    "input-dependent": ({"depth_attention_type": "input_dependent"}, None),
+    "sigmoid": ({"depth_attention_type": "sigmoid"}, None),
+    "no-key-norm": ({"depth_attention_type": "no_key_norm"}, None),
+    "sliding-window": ({"depth_attention_type": "sliding_window"}, None),
+    "block-s2": ({"sublayers_per_block": 2}, None),
+    "block-s4": ({"sublayers_per_block": 4}, None),
+    "block-s8": ({"sublayers_per_block": 8}, None),
+    "block-s16": ({"sublayers_per_block": 16}, None),
+    "block-n8": ({"sublayers_per_block": None}, None),  # eight blocks, or one a sublayer if there are fewer
+    "block-s4-heads16": ({"sublayers_per_block": 4, "depth_attention_type": "multi_head"}, None),
+    "block-s4-no-key-norm": ({"sublayers_per_block": 4, "depth_attention_type": "no_key_norm"}, None),
+    # Of this study alone
+    "static-softmax": (
+        {"depth_attention_type": "static"},
+        replaced(StaticLogits, SourcesForm(learned_scalars, softmax)),
+    ),
+    "query-and-logits": ({}, replaced(QueryAndLogits, SourcesForm(scores_and_logits))),
+    "full-mean-keys": ({}, replaced(None, SourcesForm(scores_of_mean_keys))),
+    "query-and-projection": (
+        {"depth_attention_type": "input_dependent"},
+        replaced(QueryAndProjection, SourcesForm(biased_scores)),
+    ),
+    "input-dependent-from-stream": (
+        {"depth_attention_type": "input_dependent"},
+        replaced(None, SourcesForm(scores_from_the_stream)),
+    ),
+    "full-frozen-key-norm": ({}, frozen_key_norms),
+    "input-dependent-frozen-key-norm": ({"depth_attention_type": "input_dependent"}, frozen_key_norms),
 }
 # --- One run ---------------------------------------------------------------------------------------------------------
 
@@ -192,7 +212,7 @@ def has_depth_attention(run: Run) -> bool:
 
 
 def build(run: Run, data: Data) -> PreTrainedModel:
-    kind, change = VARIANTS[run.variant]
+    fields, change = VARIANTS[run.variant]
     heads = max(1, run.width // 32)
     text_config = {
         "num_hidden_layers": run.layers,
@@ -201,9 +221,9 @@ def build(run: Run, data: Data) -> PreTrainedModel:
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
     }
-    overrides = {} if kind is None else {"depth_attention_type": kind, "depth_query_init_std": run.query_std}
+    overrides = {} if fields is None else {**fields, "depth_query_init_std": run.query_std}
     set_seed(run.seed)
-    preset = "llama-800k-prenorm" if kind is None else "llama-800k-full"
+    preset = "llama-800k-prenorm" if fields is None else "llama-800k-full"
     model = build_model(preset, {"text_config": text_config, **overrides}, data.tokenizer)
     if change is not None:
         change(model)

@@ -6,7 +6,8 @@
     xargs --arg-file runs.sh --delimiter '\\n' --max-procs 2 -I{} sh -c {}
     python examples/reproduce.py report --output runs --report docs/reproduction
 
-`commands` prints one call of pretrain.py per run that is not finished; `report` reads what is.
+`commands` prints one call of pretrain.py per run that is not finished; `report` reads what is. The figures of every run are
+kept in runs.csv beside the tables, so that a report needs the folders of new runs alone.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import math
 import shlex
 import statistics
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,11 @@ import numpy as np
 from modeling_attnres.command_line import Result, ToolParser, run_tool
 from modeling_attnres.tables import markdown_table
 from modeling_attnres.training import read_metrics
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from seeds import interval, spread
 
 
 VARIANTS = ("prenorm", "block", "full")
@@ -55,7 +62,13 @@ SIZES = {"200k": ("llama-800k", f"text_config={NARROW}"), "800k": ("llama-800k",
 def runs() -> dict[str, tuple[str, str, int]]:
     """Every run's folder, preset, override and seed."""
     found = {f"small/{name}-{seed}": (f"llama-800k-{name}", "", seed) for seed in SEEDS for name in VARIANTS}
-    found |= {f"ablation/{name}-0": (preset, override, 0) for name, (preset, override, _) in ABLATIONS.items()}
+    # The later seeds were run days after the rest, and reruns differ in the third digit: they have a PreNorm of their own.
+    found |= {f"ablation/prenorm-{seed}": ("llama-800k-prenorm", "", seed) for seed in SEEDS[1:]}
+    found |= {
+        f"ablation/{name}-{seed}": (preset, override, seed)
+        for seed in SEEDS
+        for name, (preset, override, _) in ABLATIONS.items()
+    }
     for size, (preset, override) in SIZES.items():
         if size != "800k":  # among the first ones
             found |= {f"sizes/{size}-{name}-0": (f"{preset}-{name}", override, 0) for name in VARIANTS}
@@ -72,22 +85,48 @@ def print_commands(text: Path, output: Path, steps: int):
             print(shlex.join([*command, *(["--set", override] if override else [])]))
 
 
-def read_summary(output: Path, name: str) -> dict | None:
-    path = output / name / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+class Record:
+    """The figures of finished runs, by the name of their folder.
+
+    Args:
+        output: folder of the runs.
+        path: of a table of figures that a folder, if it is there, takes precedence over.
+    """
+
+    FIGURES = {"held_out_loss": float, "parameters": int, "training_tokens": int, "day": str}
+
+    def __init__(self, output: Path, path: Path):
+        self.figures = {}
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    self.figures[row["run"]] = {name: kind(row[name]) for name, kind in self.FIGURES.items()}
+        for name in runs():
+            summary = output / name / "summary.json"
+            if summary.exists():
+                day = datetime.fromtimestamp(summary.stat().st_mtime, UTC).date().isoformat()
+                found = json.loads(summary.read_text()) | {"day": day}
+                self.figures[name] = {figure: found[figure] for figure in self.FIGURES}
+
+    def by_seed(self, name: str, folder: str) -> dict[int, float]:
+        """The losses of a variant, for the seeds that have run."""
+        found = {seed: self.figures.get(f"{folder}/{name}-{seed}") for seed in SEEDS}
+        return {seed: figures["held_out_loss"] for seed, figures in found.items() if figures}
+
+    def rows(self) -> list[dict]:
+        return [{"run": name, **self.figures[name]} for name in runs() if name in self.figures]
 
 
-def loss_of(output: Path, name: str) -> float:
-    """The held-out loss of a finished run, NaN of another."""
-    summary = read_summary(output, name)
-    return summary["held_out_loss"] if summary else math.nan
+def seeds_table(record: Record) -> list[dict]:
+    """Mean and spread over seeds, and the paired difference from PreNorm: same seed, weights, batches and steps.
 
-
-def seeds_table(output: Path) -> list[dict]:
-    """Mean and spread over seeds, and the paired difference from PreNorm: same seed, weights, batches and steps."""
-    losses = {name: [loss_of(output, f"small/{name}-{seed}") for seed in SEEDS] for name in VARIANTS}
+    Of the variants that all seeds have run of, and of none before PreNorm is one of them.
+    """
+    losses = {
+        name: list(found.values()) for name in VARIANTS if len(found := record.by_seed(name, "small")) == len(SEEDS)
+    }
     rows = []
-    for name, values in losses.items():
+    for name, values in losses.items() if "prenorm" in losses else ():
         differences = [value - base for value, base in zip(values, losses["prenorm"])]
         row = {"variant": name, **{f"seed {seed}": value for seed, value in zip(SEEDS, values)}}
         row |= {"mean": statistics.fmean(values), "standard deviation": statistics.stdev(values)}
@@ -96,33 +135,36 @@ def seeds_table(output: Path) -> list[dict]:
     return rows
 
 
-def ablation_table(output: Path) -> list[dict]:
-    names = [(name, f"small/{name}-0", loss) for name, loss in PAPER.items()]
-    names += [(name, f"ablation/{name}-0", loss) for name, (_, _, loss) in ABLATIONS.items()]
-    base = loss_of(output, "small/prenorm-0")
-    return [
-        {
-            "variant": name,
-            "held-out loss": loss_of(output, folder),
-            "difference from PreNorm": loss_of(output, folder) - base,
-            "paper": paper,
-            "paper's difference": paper - PAPER["prenorm"],
-        }
-        for name, folder, paper in names
-    ]
+def ablation_table(record: Record) -> list[dict]:
+    """Of every row that has run: mean loss over its seeds, and the mean paired difference with its 95 % interval."""
+    paper = PAPER | {name: loss for name, (_, _, loss) in ABLATIONS.items()}
+    first = record.by_seed("prenorm", "small")
+    bases = {"small": first, "ablation": {0: first[0]} if 0 in first else {}}
+    bases["ablation"] |= record.by_seed("prenorm", "ablation")
+    rows = []
+    for name in paper:
+        folder = "small" if name in VARIANTS else "ablation"
+        losses, base = record.by_seed(name, folder), bases[folder]
+        differences = [loss - base[seed] for seed, loss in losses.items() if seed in base]
+        if differences:
+            row = {"variant": name, **{f"seed {seed}": losses.get(seed, math.nan) for seed in SEEDS}}
+            row |= {"seeds": len(differences), "held-out loss": statistics.fmean(losses.values())}
+            row |= {"standard deviation": spread(list(losses.values()))}
+            row |= {"difference from PreNorm": statistics.fmean(differences)}
+            row |= dict(zip(("low", "high"), interval(differences)))
+            rows.append(row | {"paper": paper[name], "paper's difference": paper[name] - PAPER["prenorm"]})
+    return rows
 
 
-def sizes_table(output: Path) -> tuple[list[dict], dict[str, tuple[float, float]]]:
+def sizes_table(record: Record) -> tuple[list[dict], dict[str, tuple[float, float]]]:
     """Loss by training compute `6 * parameters * tokens`, and per variant the fit `loss = a * PFLOP^b`."""
     rows, fits = [], {}
     for name in VARIANTS:
         for size in SIZES:
             folder = f"small/{name}-0" if size == "800k" else f"sizes/{size}-{name}-0"
-            if summary := read_summary(output, folder):
-                compute = 6 * summary["parameters"] * summary["training_tokens"] / 1e15
-                rows.append(
-                    {"variant": name, "size": size, "PFLOP": compute, "held-out loss": summary["held_out_loss"]}
-                )
+            if found := record.figures.get(folder):
+                compute = 6 * found["parameters"] * found["training_tokens"] / 1e15
+                rows.append({"variant": name, "size": size, "PFLOP": compute, "held-out loss": found["held_out_loss"]})
         points = [(row["PFLOP"], row["held-out loss"]) for row in rows if row["variant"] == name]
         if len(points) == len(SIZES):
             slope, offset = np.polyfit(*np.log(np.array(points)).T, 1)
@@ -170,12 +212,21 @@ def write_table(rows: list[dict], path: Path):
 
 
 def report(output: Path, folder: Path):
+    """Tables of the runs in `output` and in `folder`'s runs.csv; the picture of losses needs the folders of its own."""
+    record = Record(output, folder / "runs.csv")
+    if not record.figures:
+        raise ValueError(f"`--output` must hold a finished run, got {output} without one.")
     folder.mkdir(parents=True, exist_ok=True)
-    sizes, fits = sizes_table(output)
-    write_table(seeds_table(output), folder / "seeds.csv")
-    write_table(ablation_table(output), folder / "ablation.csv")
-    write_table(sizes, folder / "sizes.csv")
-    draw(output, sizes, fits, folder / "losses.png")
+    sizes, fits = sizes_table(record)
+    tables = {"runs": record.rows(), "seeds": seeds_table(record), "ablation": ablation_table(record), "sizes": sizes}
+    for name, rows in tables.items():
+        if rows:
+            write_table(rows, folder / f"{name}.csv")
+    drawn = [output / f"small/{name}-{seed}" / "metrics.jsonl" for name in VARIANTS for seed in SEEDS]
+    if missing := [path for path in drawn if not path.exists()]:
+        print(f"losses.png is not drawn: there is no {missing[0]}.")
+    else:
+        draw(output, sizes, fits, folder / "losses.png")
 
 
 def build_parser() -> ToolParser:

@@ -180,5 +180,5 @@ def _accelerate() -> argparse.ArgumentParser:
 
 
 PARSERS = {"torchrun": _torchrun, "accelerate": _accelerate}
-OTHERS = ("lm_eval", "tar", "xargs")
+OTHERS = ("lm_eval", "tar", "xargs", "mkdir", "cp")
 ALWAYS_THERE = (["python3.11", "-m", "venv", ".venv"], ["source", ".venv/bin/activate"])

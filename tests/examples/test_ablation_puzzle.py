@@ -52,6 +52,10 @@ def record_rates(folder: Path):
             record(folder, run, 2 + 0.1 * abs(index - puzzle.DEPTH_SHARES.index(share)))
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
 def test_a_study_is_run_continued_and_reported(texts, tmp_path, monkeypatch, capsys):
     """A hundredth of the steps, in a model of two layers of width 16."""
     monkeypatch.setattr(puzzle, "FIRST", replace(puzzle.FIRST, layers=2, width=16))
@@ -62,12 +66,65 @@ def test_a_study_is_run_continued_and_reported(texts, tmp_path, monkeypatch, cap
     trained = [line for line in capsys.readouterr().out.splitlines() if "choosing" in line]
     assert len(trained) == len(set(trained)) == len(list((tmp_path / "runs").iterdir()))  # none was trained twice
     assert puzzle.main(["report", *arguments, "--report", str(tmp_path / "report")]) == 0
-    rows = list(csv.DictReader((tmp_path / "report" / "puzzle-runs.csv").open()))
-    assert {row["variant"] for row in rows} == set(training.VARIANTS)
+    rows = read(tmp_path / "report" / "puzzle-runs.csv")
+    assert {row["variant"] for row in rows} == set(training.VARIANTS) - (set(puzzle.PAPER) - set(puzzle.ROWS)) - {
+        "block-n8"
+    }
     assert {row["steps"] for row in rows} == {"2"}
     assert all(0 < float(row["entropy"]) <= 1 + 1e-6 for row in rows if row["variant"] != "prenorm")
     for name in ("puzzle-rates.png", "puzzle-entropy.png"):
         assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert "table is left out: `--output` must hold the runs that rates are chosen from" in capsys.readouterr().out
+
+
+def test_the_table_and_the_shapes_are_run_and_reported(texts, tmp_path, monkeypatch, capsys):
+    """Three rows, two shapes and two seeds of them, for two steps."""
+    rows = ("prenorm", "full", "sliding-window", "block-s4-heads16")
+    monkeypatch.setattr(puzzle, "PAPER", {name: puzzle.PAPER[name] for name in rows})
+    monkeypatch.setattr(puzzle, "TABLE", replace(puzzle.TABLE, layers=2, width=16))
+    monkeypatch.setattr(puzzle, "SHAPES", [replace(puzzle.FIRST, layers=n, width=d) for n, d in ((1, 24), (5, 12))])
+    monkeypatch.setattr(puzzle, "SEEDS", (0, 1))
+    arguments = ["--output", str(tmp_path / "runs"), "--share", "0.01"]
+    assert puzzle.main(["run", "--text", str(texts), *arguments, "--stages", "table", "shapes"]) == 0
+    assert puzzle.main(["report", *arguments, "--report", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert "rank correlation with the paper: " in printed
+    assert "puzzle is left out: " in printed
+    table = read(tmp_path / "report" / "table-rows.csv")
+    assert [row["variant"] for row in table] == list(rows)
+    assert {row["seeds"] for row in table} == {"2"}
+    shapes = read(tmp_path / "report" / "shapes-rows.csv")
+    assert [(row["variant"], row["layers"]) for row in shapes] == [
+        (variant, layers) for layers in "15" for variant in ("prenorm", "block-n8")
+    ]
+    for name, wanted in {"table": {("2", "16")}, "shapes": {("1", "24"), ("5", "12")}}.items():
+        found = read(tmp_path / "report" / f"{name}-runs.csv")
+        assert {(row["layers"], row["width"]) for row in found} == wanted
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "report").glob("puzzle*"))
+
+
+def test_shapes_have_as_many_parameters_and_about_eight_blocks(data):
+    blocks = []
+    for shape in puzzle.SHAPES:
+        config = training.build(replace(shape, variant="block-n8"), data).config
+        per_layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+        assert config.num_hidden_layers * per_layer == pytest.approx(797_000, rel=0.01)
+        blocks.append(config.num_blocks)
+    assert blocks == [4, 8, 7, 8, 8]
+
+
+@pytest.mark.parametrize("variant", sorted(puzzle.PAPER))
+def test_rows_of_the_table_are_what_they_are_called(variant, data):
+    model = training.build(replace(puzzle.TABLE, variant=variant, width=16), data)
+    if variant == "prenorm":
+        assert model.config.model_type == "llama"
+        return
+    size = re.search(r"block-s(\d+)", variant)
+    assert model.config.sublayers_per_block == (int(size[1]) if size else 1)
+    kinds = {"heads16": "multi_head", "full": "softmax", **dict.fromkeys(("s2", "s4", "s8", "s16"), "softmax")}
+    kind = variant.removeprefix("block-").removeprefix("s4-")
+    assert model.config.depth_attention_type == kinds.get(kind, kind.replace("-", "_"))
 
 
 def test_rates_are_chosen_apart_from_what_is_reported(tmp_path):
@@ -76,6 +133,30 @@ def test_rates_are_chosen_apart_from_what_is_reported(tmp_path):
     assert {run.lr for run in best.values()} == {6e-3}
     shares = {variant: run.depth_lr / run.lr for variant, run in best.items() if variant != "prenorm"}
     assert shares == pytest.approx({"full": 4, "static": 1 / 4, "input-dependent": 1 / 64})
+
+
+def test_a_row_of_the_table_has_two_rates_of_its_own(tmp_path):
+    """A valley across the grid: the best rate beside the first depth rate is not the one beside the last."""
+    for rate_index, rate in enumerate(puzzle.RATES):
+        for share_index, run in enumerate(puzzle.depth_rates(replace(puzzle.TABLE, lr=rate), "full")):
+            record(tmp_path, run, 2 + 0.1 * (rate_index + share_index - 6) ** 2 + 0.1 * (share_index - 2) ** 2)
+    found = puzzle.Study(tmp_path).best_own_rates("full", puzzle.TABLE)
+    assert (found.lr, found.depth_lr) == (puzzle.RATES[3], puzzle.RATES[3] / 4)
+    for neighbour in (puzzle.RATES[2], puzzle.RATES[4]):
+        beside = replace(found, lr=neighbour, depth_lr=neighbour / 4)
+        assert puzzle.Study(tmp_path).find(beside)["loss"] > puzzle.Study(tmp_path).find(found)["loss"]
+
+
+def test_a_rate_that_fails_in_another_seed_is_halved(tmp_path):
+    """Full at 0.012 is best in seed 0 and worst over all seeds; PreNorm has no depth rate to halve."""
+    study = puzzle.Study(tmp_path)
+    for variant, losses in {"full": ((2.0, 4.0, 3.0), (2.5, 2.5, 2.5)), "prenorm": ((2.0,) * 3, (2.5,) * 3)}.items():
+        run = replace(puzzle.TABLE, variant=variant, lr=0.012, depth_lr=0.003)
+        half = replace(run, lr=0.006, depth_lr=0.0015 if variant == "full" else 0.003)
+        for candidate, of_seeds in zip((run, half), losses):
+            for seed, loss in enumerate(of_seeds):
+                record(tmp_path, replace(candidate, seed=seed), loss)
+        assert study.steadier(run) == (half if variant == "full" else run)
 
 
 def test_differences_are_paired(tmp_path):
@@ -88,6 +169,8 @@ def test_differences_are_paired(tmp_path):
     found = {row["variant"]: row for row in rows}
     assert found["full"]["difference"] == pytest.approx((0 - 0.1 - 0.4) / 3)
     assert found["full"]["its spread"] == pytest.approx(0.2082, abs=1e-4)
+    half = 4.302653 * found["full"]["its spread"] / 3**0.5  # Student's t with two degrees of freedom
+    assert found["full"]["high"] - found["full"]["difference"] == pytest.approx(half)
     assert found["full"]["paper"] == pytest.approx(-0.029)
     assert (found["full"]["seeds"], found["static"]["seeds"]) == (3, 1)
 
@@ -162,5 +245,5 @@ def test_wrong_use_is_named(arguments, message, tmp_path, capsys):
 def test_a_report_without_the_rates_names_the_missing_run(tmp_path, capsys):
     assert puzzle.main(["report", "--output", str(tmp_path), "--report", str(tmp_path / "report")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(r"must hold the runs of the stage `rates`, got .* without prenorm-4x32", line)
+    assert re.search(r"must hold the runs that rates are chosen from, got .* without prenorm-4x32", line)
     assert not (tmp_path / "report").exists()
