@@ -71,12 +71,10 @@ def weighted_sum(
     if plan.tokens_at_once is None:
         return torch.bmm(per_token, per_source).transpose(0, 1).unflatten(1, sources.shape[1:3]).unbind(0)
     rows = [torch.empty_like(sources[0]) for _ in range(num_rows)]
-    flat_rows = [row.flatten(0, 1) for row in rows]
-    for start in range(0, len(per_token), plan.tokens_at_once):
-        part = slice(start, start + plan.tokens_at_once)
-        products = torch.bmm(per_token[part], per_source[part]).unbind(1)
-        for row, product in zip(flat_rows, products):
-            row[part] = product
+    parts = zip(*(row.flatten(0, 1).split(plan.tokens_at_once) for row in rows))
+    factors = zip(per_token.split(plan.tokens_at_once), per_source.split(plan.tokens_at_once))
+    for part, (weights_of_part, sources_of_part) in zip(parts, factors):
+        torch._foreach_copy_(part, torch.bmm(weights_of_part, sources_of_part).unbind(1))
     return rows
 
 
