@@ -267,13 +267,17 @@ class DepthStream:
         self.sublayers_per_block = sublayers_per_block
         self.num_sublayers = len(queries) - 1
         self.first, self.last = sublayers or (0, self.num_sublayers)
-        self.output_in_group = sublayers_per_block % 2 == 0
         self.groups = self._groups()
         # One past the last query that reads sources here: the output mix follows the last sublayer of the model.
         self.num_readers = self.last + (self.last == self.num_sublayers)
         # The finished sources: with a bank, alias by alias of its slots.
         self.sources: list[torch.Tensor] = []
         self.output_read = None
+
+    @property
+    def output_in_group(self) -> bool:
+        """Whether the output mix meets the sources of the last group and at most one more, as one more row of it."""
+        return self.sublayers_per_block % 2 == 0
 
     def _groups(self) -> list[tuple[int, int]]:
         groups = sublayer_groups(self.num_sublayers, self.sublayers_per_block)
@@ -307,7 +311,6 @@ class DepthStream:
 
     def read(self, first: int, last: int) -> list[DepthRead]:
         """Phase 1 for the sublayers `[first, last)`."""
-        # Where the output mix meets the same sources and at most one more, it is one more row of the last group.
         with_output = last == self.num_sublayers and self.output_in_group
         readers = slice(first, last + with_output)
         reads = self.read_again(self.queries[readers], self.score(readers.start, readers.stop), first=first)

@@ -43,21 +43,18 @@ def full_groups(num_sublayers: int) -> list[tuple[int, int]]:
 class FullStream(DepthStream):
     """The depth side of one forward with S = 1, over all L sublayers. The recent source of its state is the newest."""
 
-    def _groups(self) -> list[tuple[int, int]]:
-        self.output_in_group = True
-        return full_groups(self.num_sublayers)
+    output_in_group = True
 
-    def read(self, first: int, last: int) -> list[DepthRead]:
-        # The group's own sources come after those that are finished now.
-        self.group, self.start_of_own = first, self.bank.length
-        return super().read(first, last)
+    def _groups(self) -> list[tuple[int, int]]:
+        return full_groups(self.num_sublayers)
 
     def mix(self, read: DepthRead, *state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Phase 2: the mix `[B, T, D]`, and the scores `[j, B, T]` of the group's own sources."""
-        base, start, sublayer = self.base(read, state), self.start_of_own, self.group + read.position
+        # The group's own sources come after those of phase 1.
+        base, start = self.base(read, state), len(read.scores)
         if start == self.bank.length:
             return self.bank.row_to_keep(base), None
-        scores = self.bank.score(sublayer, sublayer + 1, slice(start, None)).squeeze(1)
+        scores = self.bank.score(read.sublayer, read.sublayer + 1, slice(start, None)).squeeze(1)
         return self.bank.merge(base, read.offset, scores, self.form, start), scores
 
     def recent_scores(self, read: DepthRead, scores: torch.Tensor) -> torch.Tensor:
